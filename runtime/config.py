@@ -1,0 +1,123 @@
+"""How a process gets its settings: flags > TANDEM_* environment > tandem.toml > defaults.
+
+A settings class is the only place where a flag, its variable, its default and its help are written.
+"""
+
+import os
+import sys
+import tomllib
+from pathlib import Path
+from typing import Any, NoReturn, TypeVar
+
+from pydantic import ValidationError
+from pydantic_settings import (
+    BaseSettings,
+    CliApp,
+    CliSettingsSource,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+    SettingsError,
+    TomlConfigSettingsSource,
+)
+
+from runtime.errors import StartupError
+
+ENV_PREFIX = "TANDEM_"
+CONFIG_FILE = Path(os.environ.get("TANDEM_CONFIG", "tandem.toml"))
+
+S = TypeVar("S", bound="Settings")
+
+
+class Settings(BaseSettings):
+    """Base of every settings class; fields carry their help as a docstring below them."""
+
+    model_config = SettingsConfigDict(
+        env_prefix=ENV_PREFIX,
+        toml_file=CONFIG_FILE,
+        extra="ignore",
+        frozen=True,
+        use_attribute_docstrings=True,
+        cli_kebab_case=True,
+        cli_implicit_flags=True,
+        cli_avoid_json=True,
+        cli_hide_none_type=True,
+    )
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """Flags and code first, then the environment, then the file."""
+        return init_settings, env_settings, TomlConfigSettingsSource(settings_cls)
+
+
+def parse(cls: type[S], argv: list[str], *, prog: str) -> S:
+    """Settings of one process from its command line; raises StartupError with one line."""
+    source: CliSettingsSource[Any] = CliSettingsSource(
+        cls, cli_prog_name=prog, cli_exit_on_error=False, cli_parse_args=False
+    )
+    try:
+        check_known_names()
+        return CliApp.run(cls, cli_args=argv, cli_settings_source=source)
+    except ValidationError as error:
+        raise StartupError(_explain(error)) from error
+    except SettingsError as error:
+        raise StartupError(f"{prog}: {_last_clause(error)}") from error
+    except tomllib.TOMLDecodeError as error:
+        raise StartupError(f"{CONFIG_FILE}: {error}") from error
+
+
+def check_known_names() -> None:
+    """Refuse a key of tandem.toml that no process knows: a typo must not be a silent default."""
+    if not CONFIG_FILE.is_file():
+        return
+    known = {name for cls in _all_settings(Settings) for name in cls.model_fields}
+    for key in tomllib.loads(CONFIG_FILE.read_text()):
+        if key.replace("-", "_") not in known:
+            raise StartupError(f"{CONFIG_FILE}: unknown setting {key!r}")
+
+
+def _all_settings(cls: type[Settings]) -> list[type[Settings]]:
+    found = [cls]
+    for sub in cls.__subclasses__():
+        found += _all_settings(sub)
+    return found
+
+
+def to_argv(settings: Settings) -> list[str]:
+    """Flags that give another process exactly these settings."""
+    argv: list[str] = []
+    for name, value in settings.model_dump(mode="json").items():
+        flag = "--" + name.replace("_", "-")
+        if value is None:
+            continue
+        if isinstance(value, bool):
+            argv.append(flag if value else f"--no-{flag[2:]}")
+        elif isinstance(value, list):
+            argv += [f"{flag}={item}" for item in value]
+        else:
+            argv.append(f"{flag}={value}")
+    return argv
+
+
+def fail(error: StartupError) -> NoReturn:
+    """Print the one line that explains why this process cannot start; exit code 2."""
+    print(f"error: {error.message}", file=sys.stderr)  # noqa: T201 - the user's terminal is the place
+    raise SystemExit(2)
+
+
+def _explain(error: ValidationError) -> str:
+    parts = []
+    for item in error.errors():
+        flag = "--" + str(item["loc"][0]).replace("_", "-") if item["loc"] else "settings"
+        parts.append(f"{flag}: {item['msg']} (got {item.get('input')!r})")
+    return "; ".join(parts)
+
+
+def _last_clause(error: Exception) -> str:
+    return str(error).removeprefix("error parsing CLI: ")

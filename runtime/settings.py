@@ -1,0 +1,106 @@
+"""Every setting of every process, declared once.
+
+One file, because the launcher hands each process its share and `tandem config show` lists them all.
+"""
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from runtime.config import Settings
+
+Port = Annotated[int, Field(ge=0, le=65535)]
+Count = Annotated[int, Field(ge=1)]
+
+
+class ProcessSettings(Settings):
+    """What every process has."""
+
+    host: str = "127.0.0.1"
+    """Address to listen on."""
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+    """Least severe message that is logged."""
+    log_format: Literal["auto", "text", "json"] = "auto"
+    """auto: text on a terminal, JSON lines elsewhere."""
+    model: str = ""
+    """Directory or Hugging Face hub id of the checkpoint; empty: the bundled demo model."""
+
+
+class GatewaySettings(ProcessSettings):
+    """The gateway: public edge, admission, routing, text."""
+
+    http_port: Port = 8000
+    """OpenAI-compatible HTTP."""
+    grpc_port: Port = 50051
+    """Public gRPC."""
+    internal_port: Port = 0
+    """gRPC for workers that register; 0: any free port."""
+    served_model_name: str | None = None
+    """Name of the model in the API; unset: the last part of --model."""
+    chat_template: str | None = None
+    """File with a Jinja chat template that replaces the checkpoint's."""
+    max_concurrent_requests: Count = 1024
+    """Requests in flight; more wait."""
+    max_waiting_requests: Annotated[int, Field(ge=0)] = 1024
+    """Requests that wait for admission; more are refused at once with a retry hint."""
+    request_timeout_s: Annotated[float, Field(gt=0)] = 600.0
+    """Longest life of a request; a client's own deadline only shortens it."""
+    max_body_bytes: Count = 2 * 1024 * 1024
+    """Largest HTTP body; gRPC messages have twice this."""
+    local_prefill_threshold: Annotated[int, Field(ge=0)] = 0
+    """Prompts shorter than this many tokens are prefilled on the decode worker."""
+    reflection: bool = True
+    """gRPC server reflection on the public port."""
+    admin_key: str | None = None
+    """Key for /debug/state from other hosts; unset: loopback only."""
+
+
+class EngineSettings(ProcessSettings):
+    """The engine inside a worker."""
+
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """auto: the checkpoint's on a GPU, float32 on a CPU (where exactness is defined)."""
+    max_model_len: Count | None = None
+    """Longest prompt plus output in tokens; unset: the checkpoint's."""
+    block_size: Annotated[int, Field(ge=1, le=256)] = 16
+    """Tokens in a KV block."""
+    kv_cache_memory: str = "1GiB"
+    """Memory of the KV pool of one worker, for example 512MiB or 8GiB."""
+    max_num_seqs: Count = 256
+    """Most requests in one step."""
+    max_num_batched_tokens: Count = 2048
+    """Most tokens in one step; longer prompts are computed in chunks."""
+    threads: Count = 1
+    """CPU threads of one worker's tensor operations."""
+
+
+class WorkerSettings(EngineSettings):
+    """A prefill or decode worker."""
+
+    gateway: list[str] = Field(default=["127.0.0.1:50050"])
+    """Internal gRPC addresses (host:port) of the gateways to register with."""
+    port: Port = 0
+    """gRPC for gateways and KV links; 0: any free port."""
+    metrics_port: Port = 0
+    """HTTP /metrics, /health, /ready and /debug/state; 0: any free port."""
+    advertise_host: str | None = None
+    """Host that others reach this worker by; unset: --host."""
+    worker_id: str | None = None
+    """Stable name of this worker; unset: role and a random suffix."""
+    transport: Literal["auto", "gloo"] = "auto"
+    """How KV slabs move; auto: the best that both ends have."""
+    kv_interface_host: str | None = None
+    """Address that the KV data sockets bind to; unset: --host."""
+    admin_key: str | None = None
+    """Key for /debug/state from other hosts; unset: loopback only."""
+
+
+class UpSettings(GatewaySettings, EngineSettings):
+    """Everything on this machine: one gateway, N prefill and M decode workers."""
+
+    prefill: Annotated[int, Field(ge=0)] = 1
+    """Prefill workers; 0: co-located, decode workers prefill for themselves."""
+    decode: Count = 1
+    """Decode workers."""
+    transport: Literal["auto", "gloo"] = "auto"
+    """How KV slabs move between workers."""
