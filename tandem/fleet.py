@@ -1,0 +1,277 @@
+"""The processes of `tandem up`: started together, watched, restarted, drained.
+
+1. The gateway starts first; its stdout line `listening http=URL grpc=HOST:PORT internal=HOST:PORT` names
+   its ports. Then all workers start, pointed at its internal address.
+2. The fleet is ready when GET /ready is 200 and /debug/state lists every worker as ready. A child that dies
+   before that ends the fleet: its `error:` line becomes our StartupError.
+3. From then on a child that dies is started again after a back-off, the gateway on the same ports.
+4. To stop, the gateway gets SIGTERM first and drains, then the workers; what is left is killed.
+"""
+
+import asyncio
+import logging
+import sys
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import httpx
+
+from runtime.clock import Clock, SystemClock
+from runtime.errors import StartupError
+from runtime.lifecycle import Shutdown
+from runtime.limits import DRAIN_TIMEOUT_S
+from tandem.child import Child
+from tandem.restarts import RestartPolicy
+
+logger = logging.getLogger(__name__)
+
+POLL_S = 0.05
+"""How often a condition of the start is looked at."""
+
+PROGRESS_S = 5.0
+"""How often a slow start says what it waits for."""
+
+GATEWAY_STOP_S = DRAIN_TIMEOUT_S + 1.0
+"""From SIGTERM until the workers are told to stop, whatever the gateway does."""
+
+STOP_S = DRAIN_TIMEOUT_S + 4.0
+"""From SIGTERM until everything that still runs is killed; 30 s is what was promised."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Listening:
+    """Where the gateway can be reached."""
+
+    http: str
+    """URL."""
+    grpc: str
+    """host:port."""
+    internal: str
+    """host:port for workers, or several with commas between."""
+
+    @classmethod
+    def parse(cls, line: str) -> "Listening | None":
+        """From the gateway's line on stdout; None if the line says something else."""
+        word, *pairs = line.split()
+        values = dict(pair.split("=", 1) for pair in pairs if "=" in pair)
+        if word != "listening" or not {"http", "grpc", "internal"} <= values.keys():
+            return None
+        return cls(http=values["http"], grpc=values["grpc"], internal=values["internal"])
+
+
+@dataclass(frozen=True, kw_only=True)
+class FleetPlan:
+    """What to start. Commands are functions of the gateway's addresses, which are known only once it runs."""
+
+    gateway: Callable[[Listening | None], Sequence[str]]
+    """Program and arguments; with the addresses of its former life when it is restarted."""
+    workers: Mapping[str, Callable[[Listening], Sequence[str]]]
+    """By worker id."""
+    env: Mapping[str, str] = field(default_factory=dict)
+    """Whole environment of every child."""
+    admin_key: str | None = None
+    """What /debug/state asks for when it is not reached over loopback."""
+    first_restart_delay_s: float = 1.0
+    """Wait before the first restart of a child; doubles from there."""
+
+
+class Member:
+    """One place in the fleet, filled by one child after another."""
+
+    def __init__(self, name: str, command: Callable[[], Sequence[str]], policy: RestartPolicy) -> None:
+        self.name = name
+        self.command = command
+        self.policy = policy
+        self.child: Child | None = None
+        self.death: str | None = None
+        """Why the last child ended."""
+        self.stopping = False
+
+    async def run_once(self, env: Mapping[str, str], on_stdout: Callable[[str], None]) -> None:
+        """Start a child and stay until it has ended."""
+        self.policy.started()
+        self.child = await Child.start(self.command(), env)
+        if self.stopping:  # asked for while the child was being started
+            self.child.terminate()
+        code = await self.child.run(on_stdout)
+        end = f"was killed by signal {-code}" if code < 0 else f"exited with code {code}"
+        self.death = self.child.error or f"{self.name} {end}"
+        self.child = None
+
+    def stop(self) -> None:
+        """Ask the child to drain and end; no other one is started."""
+        self.stopping = True
+        if self.child is not None:
+            self.child.terminate()
+
+    def kill(self) -> None:
+        """End the child and all it started, at once."""
+        self.stopping = True
+        if self.child is not None:
+            self.child.kill()
+
+
+class Fleet:
+    """One gateway and its workers, as child processes."""
+
+    def __init__(
+        self, plan: FleetPlan, *, say: Callable[[str], None] | None = None, clock: Clock | None = None
+    ) -> None:
+        self._plan = plan
+        self._say = say or _to_stderr
+        self._clock = clock or SystemClock()
+        self._listening: Listening | None = None
+        self._gateway = self._member("gateway", lambda: plan.gateway(self._listening))
+        self._workers = [
+            self._member(name, lambda command=command: command(self.listening))  # type: ignore[misc]
+            for name, command in plan.workers.items()
+        ]
+        self._started = False
+        self._waiting_for: str | None = None
+
+    def _member(self, name: str, command: Callable[[], Sequence[str]]) -> Member:
+        delay_s = self._plan.first_restart_delay_s
+        return Member(name, command, RestartPolicy(self._clock, first_delay_s=delay_s))
+
+    @property
+    def listening(self) -> Listening:
+        """The gateway's addresses; they do not change once known."""
+        assert self._listening is not None
+        return self._listening
+
+    @property
+    def members(self) -> list[Member]:
+        """The gateway, then the workers."""
+        return [self._gateway, *self._workers]
+
+    async def serve(self, shutdown: Shutdown, on_ready: Callable[[Listening], None]) -> None:
+        """Start, call `on_ready`, watch until `shutdown`, stop; StartupError if a child cannot start."""
+        async with asyncio.TaskGroup() as tasks:
+            try:
+                if await self._start(tasks, shutdown):
+                    self._started = True
+                    on_ready(self.listening)
+                    await shutdown.requested.wait()
+            finally:
+                await self._stop()
+
+    def kill(self) -> None:
+        """End every process at once."""
+        for member in self.members:
+            member.kill()
+
+    async def _start(self, tasks: asyncio.TaskGroup, shutdown: Shutdown) -> bool:
+        """True once everything is ready, False if a shutdown came first."""
+        tasks.create_task(self._keep(self._gateway, shutdown))
+        if not await self._until(self._is_listening, shutdown):
+            return False
+        for worker in self._workers:
+            tasks.create_task(self._keep(worker, shutdown))
+        headers = {"authorization": f"Bearer {self._plan.admin_key}"} if self._plan.admin_key else {}
+        async with httpx.AsyncClient(
+            base_url=_reachable(self.listening.http), headers=headers, trust_env=False, timeout=5.0
+        ) as http:
+            return await self._until(lambda: self._is_ready(http), shutdown)
+
+    async def _until(self, condition: Callable[[], Awaitable[bool]], shutdown: Shutdown) -> bool:
+        said_s = self._clock.now()
+        while not await condition():
+            dead = next((member for member in self.members if member.death is not None), None)
+            if dead is not None:
+                raise StartupError(str(dead.death))
+            if self._clock.now() - said_s >= PROGRESS_S:
+                said_s = self._clock.now()
+                self._say(f"waiting for {self._waiting_for}")
+            if await _set_within(shutdown.requested, POLL_S):
+                return False
+        return True
+
+    async def _is_listening(self) -> bool:
+        self._waiting_for = "the gateway to listen"
+        return self._listening is not None
+
+    async def _is_ready(self, http: httpx.AsyncClient) -> bool:
+        try:
+            state = await http.get("/debug/state")
+            ready = await http.get("/ready")
+        except httpx.HTTPError as error:
+            self._waiting_for = f"the gateway to answer ({type(error).__name__})"
+            return False
+        missing = self._not_ready(state)
+        if missing:
+            self._waiting_for = ", ".join(missing)
+        elif ready.status_code != 200:
+            self._waiting_for = f"the gateway ({ready.text})"
+        return not missing and ready.status_code == 200
+
+    def _not_ready(self, state: httpx.Response) -> list[str]:
+        """Ids of our workers that the gateway does not call ready; without access to its state, none."""
+        if state.status_code in (401, 403):
+            return []
+        if state.status_code != 200:
+            return [f"the gateway's state (HTTP {state.status_code})"]
+        ready = {worker["id"] for worker in state.json()["workers"] if worker["state"] == "ready"}
+        return [worker.name for worker in self._workers if worker.name not in ready]
+
+    async def _keep(self, member: Member, shutdown: Shutdown) -> None:
+        """Keep a child in this place until the fleet stops, or its policy gives up."""
+        while not member.stopping:
+            await member.run_once(self._plan.env, lambda line: self._on_stdout(member, line))
+            if member.stopping or not self._started:
+                return
+            delay_s = member.policy.died()
+            if delay_s is None:
+                logger.error("%s: %s; it keeps dying and stays down", member.name, member.death)
+                return
+            logger.warning("%s: %s; starting again in %.1f s", member.name, member.death, delay_s)
+            if await _set_within(shutdown.requested, delay_s):
+                return
+
+    def _on_stdout(self, member: Member, line: str) -> None:
+        listening = Listening.parse(line) if member is self._gateway and line.strip() else None
+        if listening is None:
+            self._say(f"{member.name}: {line}")
+        else:
+            self._listening = listening
+
+    async def _stop(self) -> None:
+        try:
+            async with asyncio.timeout(STOP_S):
+                self._gateway.stop()
+                try:
+                    async with asyncio.timeout(GATEWAY_STOP_S):
+                        await _ended([self._gateway])
+                except TimeoutError:
+                    logger.warning("the gateway has not drained in %.0f s", GATEWAY_STOP_S)
+                for worker in self._workers:
+                    worker.stop()
+                await _ended(self.members)
+        except TimeoutError:
+            left = [member.name for member in self.members if member.child is not None]
+            logger.warning("killing what has not stopped: %s", ", ".join(left))
+        finally:
+            self.kill()
+
+
+async def _ended(members: Sequence[Member]) -> None:
+    while any(member.child is not None for member in members):
+        await asyncio.sleep(POLL_S / 2)
+
+
+async def _set_within(event: asyncio.Event, seconds: float) -> bool:
+    try:
+        async with asyncio.timeout(seconds):
+            await event.wait()
+    except TimeoutError:
+        return False
+    return True
+
+
+def _reachable(url: str) -> str:
+    """A URL that a client on this machine can open, for a server that may listen on every address."""
+    return url.replace("//0.0.0.0:", "//127.0.0.1:").replace("//[::]:", "//[::1]:")
+
+
+def _to_stderr(line: str) -> None:
+    sys.stderr.write(line + "\n")
+    sys.stderr.flush()

@@ -1,0 +1,159 @@
+"""`tandem up`: from its settings to one gateway and its workers, running on this machine."""
+
+import asyncio
+import logging
+import os
+import signal
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+from runtime import logs
+from runtime.checkpoint_dir import resolve
+from runtime.config import fail, parse, to_argv
+from runtime.errors import StartupError
+from runtime.lifecycle import Shutdown, first_error, run
+from runtime.settings import GatewaySettings, ProcessSettings, UpSettings, WorkerSettings
+from runtime.version import VERSION
+from tandem.fleet import Fleet, FleetPlan, Listening
+
+logger = logging.getLogger(__name__)
+
+ROOT = Path(__file__).resolve().parent.parent
+"""Where our packages lie: a checkout, or site-packages."""
+
+DEMO_MODEL = Path(__file__).resolve().parent / "demo_model"
+
+MODULES = {"gateway": "gateway", "prefill": "prefill_svc", "decode": "decode_svc"}
+"""Command name -> the module that is that process."""
+
+P = TypeVar("P", bound=ProcessSettings)
+
+
+def program(role: str) -> list[str]:
+    """Interpreter and module of one process, whatever the working directory holds."""
+    return [sys.executable, "-P", "-m", MODULES[role]]
+
+
+def child_env(environ: Mapping[str, str], *, threads: int | None = None) -> dict[str, str]:
+    """Environment in which our processes start.
+
+    A spinning OpenMP barrier costs 10 ms as soon as another process wants the core, and libgomp reads
+    its variables once, when torch is loaded; so they are set here, unless the user has set them.
+    """
+    env = {"OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": "0", **environ, "PYTHONUNBUFFERED": "1"}
+    if threads is not None:
+        env["OMP_NUM_THREADS"] = str(threads)
+    if ROOT.name != "site-packages":
+        env["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), environ.get("PYTHONPATH")]))
+    return env
+
+
+def share(cls: type[P], settings: UpSettings, **own: Any) -> P:
+    """The part of `settings` that a process of this class knows, and what is its own."""
+    common = cls.model_fields.keys() & type(settings).model_fields.keys()
+    return cls(**({name: getattr(settings, name) for name in common} | own))
+
+
+def located_model(name: str) -> str:
+    """What children are given as --model: an absolute directory, or a hub id that is in the local cache."""
+    path = resolve(name or str(DEMO_MODEL), weights=True)
+    return str(path) if not name or Path(name).expanduser().is_dir() else name
+
+
+def fleet_plan(
+    settings: UpSettings,
+    environ: Mapping[str, str] = os.environ,
+    program: Callable[[str], list[str]] = program,
+) -> FleetPlan:
+    """Commands of every process. The admin key travels in the environment: anyone may read a command line."""
+    own: dict[str, Any] = {"model": located_model(settings.model), "admin_key": None}
+    if settings.log_format == "auto":  # children write into our pipe, but it ends where our stderr does
+        own["log_format"] = "text" if sys.stderr.isatty() else "json"
+
+    def gateway(before: Listening | None) -> list[str]:
+        ports = _same_ports(before) if before else {}
+        return program("gateway") + to_argv(share(GatewaySettings, settings, **own, **ports))
+
+    def worker(role: str, worker_id: str) -> Callable[[Listening], list[str]]:
+        def command(listening: Listening) -> list[str]:
+            place = {"gateway": listening.internal.split(","), "worker_id": worker_id}
+            return program(role) + to_argv(
+                share(WorkerSettings, settings, **own, **place, port=0, metrics_port=0)
+            )
+
+        return command
+
+    names = [("prefill", i) for i in range(settings.prefill)] + [
+        ("decode", i) for i in range(settings.decode)
+    ]
+    env = child_env(environ, threads=settings.threads)
+    if settings.admin_key is not None:
+        env["TANDEM_ADMIN_KEY"] = settings.admin_key
+    return FleetPlan(
+        gateway=gateway,
+        workers={f"{role}-{i}": worker(role, f"{role}-{i}") for role, i in names},
+        env=env,
+        admin_key=settings.admin_key,
+    )
+
+
+def _same_ports(before: Listening) -> dict[str, int]:
+    addresses = {"http_port": before.http, "grpc_port": before.grpc, "internal_port": before.internal}
+    return {name: int(address.rsplit(":", 1)[1].rstrip("/")) for name, address in addresses.items()}
+
+
+def up(argv: list[str], program: Callable[[str], list[str]] = program) -> int:
+    """Run `tandem up` to its end; returns the exit code. Exits with code 2 if it cannot start."""
+    try:
+        settings = parse(UpSettings, argv, prog="tandem up")
+        logs.setup("up", settings.log_level, settings.log_format)
+        plan = fleet_plan(settings, program=program)
+    except StartupError as error:
+        fail(error)
+    return run(lambda shutdown: _serve(plan, settings, shutdown))
+
+
+async def _serve(plan: FleetPlan, settings: UpSettings, shutdown: Shutdown) -> None:
+    say = progress()
+    model = settings.model or "the bundled demo model"
+    say(
+        f"tandem {VERSION}: starting {settings.prefill} prefill and {settings.decode} decode workers on {model}"
+    )
+    fleet = Fleet(plan, say=say)
+    _kill_on_second_signal(fleet, shutdown)
+    try:
+        await fleet.serve(shutdown, _print_ready)
+    except BaseExceptionGroup as group:
+        raise first_error(group) from None
+
+
+def _print_ready(listening: Listening) -> None:
+    sys.stdout.write(f"ready http={listening.http} grpc={listening.grpc}\n")
+    sys.stdout.flush()
+
+
+def _kill_on_second_signal(fleet: Fleet, shutdown: Shutdown) -> None:
+    """In place of the lifecycle's handlers, whose immediate exit would leave children to drain alone."""
+
+    def on_signal(number: signal.Signals) -> None:
+        if shutdown.requested.is_set():
+            fleet.kill()
+            os._exit(130 if number == signal.SIGINT else 143)
+        shutdown.request(number.name)
+
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, on_signal, number)
+
+
+def progress() -> Callable[[str], None]:
+    """How the start tells a person what happens: coloured on a terminal, plain lines elsewhere; on stderr."""
+    if not sys.stderr.isatty():
+        return lambda line: print(line, file=sys.stderr, flush=True)  # noqa: T201 - a person reads it
+    from rich.console import Console
+    from rich.markup import escape
+
+    console = Console(stderr=True, highlight=False)
+    return lambda line: console.print("[bold cyan]tandem[/]", escape(line))
