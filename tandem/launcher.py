@@ -118,9 +118,7 @@ def up(argv: list[str], program: Callable[[str], list[str]] = program) -> int:
 async def _serve(plan: FleetPlan, settings: UpSettings, shutdown: Shutdown) -> None:
     say = progress()
     model = settings.model or "the bundled demo model"
-    say(
-        f"tandem {VERSION}: starting {settings.prefill} prefill and {settings.decode} decode workers on {model}"
-    )
+    say(f"tandem {VERSION}: {model}, {settings.prefill} prefill and {settings.decode} decode workers")
     fleet = Fleet(plan, say=say)
     _kill_on_second_signal(fleet, shutdown)
     try:
