@@ -1,6 +1,7 @@
 """From what the user names to a directory on this machine: a path, or a Hugging Face hub id."""
 
 import hashlib
+import importlib.util
 import re
 from pathlib import Path
 
@@ -14,12 +15,22 @@ TEXT_FILES = ("*.json", "*.jinja", "tokenizer.model")
 WEIGHT_FILES = ("*.safetensors",)
 
 
+def bundled_model() -> Path:
+    """Directory of the demo model that ships inside the `tandem` package, found without importing it."""
+    spec = importlib.util.find_spec("tandem")
+    if spec is None or not spec.submodule_search_locations:
+        raise StartupError("--model: the tandem package is not installed; name a directory")
+    return Path(next(iter(spec.submodule_search_locations))).resolve() / "demo_model"
+
+
 def resolve(name: str, *, weights: bool) -> Path:
-    """Directory of the checkpoint `name`.
+    """Directory of the checkpoint `name`; the bundled demo model if it is empty.
 
     An existing directory is taken as it is; a hub id is downloaded through huggingface_hub, whose cache
     and `HF_HUB_OFFLINE` switch hold. Raises StartupError naming what was looked for.
     """
+    if not name:
+        return bundled_model()
     path = Path(name).expanduser()
     if path.is_dir():
         return path.resolve()
