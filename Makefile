@@ -1,0 +1,55 @@
+# make serve   install into .venv and run `tandem up` (ARGS="--decode 2" adds flags)
+# make test    install and run the tests
+# make check   style, types, layers, sizes, wire format
+
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c constraints.txt
+ARGS ?=
+
+# A thread for each of several test processes costs more than it gives on few cores.
+TEST_ENV := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive GOMP_SPINCOUNT=0
+SOURCES := protos gateway prefill_svc decode_svc worker engine kvtransfer kernels runtime tandem
+ALL := $(SOURCES) tests tools benchmarks
+
+.PHONY: serve test test-long check protos bench clean
+
+serve: $(VENV)/.installed
+	@exec $(BIN)/tandem up $(ARGS)
+
+test: $(VENV)/.installed-dev
+	$(TEST_ENV) $(BIN)/python -m pytest $(ARGS)
+
+test-long: $(VENV)/.installed-dev
+	$(TEST_ENV) $(BIN)/python -m pytest -m "long and not gpu" $(ARGS)
+
+check: $(VENV)/.installed-dev
+	$(BIN)/ruff check $(ALL)
+	$(BIN)/ruff format --check $(ALL)
+	$(BIN)/mypy $(SOURCES)
+	PYTHONPATH=. $(BIN)/lint-imports
+	$(BIN)/python tools/sizes.py
+	@if command -v npx >/dev/null 2>&1; then cd protos && npx --yes @bufbuild/buf lint; \
+	else echo "SKIPPED: buf lint needs npx (sudo apt-get install npm)"; fi
+
+protos: $(VENV)/.installed-dev
+	$(BIN)/python tools/generate_stubs.py
+
+bench: $(VENV)/.installed
+	$(BIN)/tandem bench $(ARGS)
+
+clean:
+	rm -rf $(VENV) build *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis
+
+# A stamp is newer than what it was made from; an install that failed leaves none.
+$(VENV)/.installed: pyproject.toml constraints.txt
+	@tools/make_venv.sh $(VENV)
+	@echo "installing into $(VENV)" >&2
+	@$(PIP) -e .
+	@touch $@
+
+$(VENV)/.installed-dev: pyproject.toml constraints.txt
+	@tools/make_venv.sh $(VENV)
+	@echo "installing into $(VENV), with what the tests need" >&2
+	@$(PIP) -e '.[dev]'
+	@touch $(VENV)/.installed $@

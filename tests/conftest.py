@@ -1,0 +1,35 @@
+"""What every test needs before the first heavy import."""
+
+import importlib.machinery
+import os
+import sys
+
+for variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
+    os.environ.setdefault(variable, "1")
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+os.environ.setdefault("GOMP_SPINCOUNT", "0")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+class TransformersWithoutKernels:
+    """Switches transformers' probe for the PyPI package `kernels` off while transformers is being imported.
+
+    The probe looks for a top-level package of that name, and would find and import ours.
+    """
+
+    def find_spec(self, name, path=None, target=None):
+        if name != "transformers.utils.import_utils":
+            return None
+        spec = importlib.machinery.PathFinder.find_spec(name, path)
+        execute = spec.loader.exec_module
+
+        def exec_module(module):
+            execute(module)
+            module.is_kernels_available = lambda *args, **kwargs: False
+
+        spec.loader.exec_module = exec_module
+        return spec
+
+
+sys.meta_path.insert(0, TransformersWithoutKernels())

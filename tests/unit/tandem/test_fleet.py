@@ -1,0 +1,77 @@
+"""What of the launcher can be judged without processes."""
+
+from dataclasses import replace
+
+import pytest
+
+from runtime.config import parse
+from runtime.errors import StartupError
+from runtime.settings import GatewaySettings, UpSettings, WorkerSettings
+from tandem.fleet import Listening
+from tandem.launcher import DEMO_MODEL, child_env, fleet_plan, located_model, share
+
+WHERE = Listening(http="http://127.0.0.1:81", grpc="127.0.0.1:82", internal="127.0.0.1:83,127.0.0.1:84")
+
+
+def plan(*argv):
+    return fleet_plan(parse(UpSettings, list(argv), prog="tandem up"), {}, lambda role: [role])
+
+
+def parsed(command):
+    cls = GatewaySettings if command[0] == "gateway" else WorkerSettings
+    return parse(cls, list(command[1:]), prog="test")
+
+
+def test_listening_line():
+    line = "listening http=http://127.0.0.1:81 grpc=127.0.0.1:82 internal=127.0.0.1:83,127.0.0.1:84"
+    assert Listening.parse(line) == WHERE
+    assert Listening.parse("listening http=x") is None
+    assert Listening.parse("loading a=b") is None
+
+
+def test_every_flag_reaches_the_processes_that_know_it():
+    found = plan("--http-port=0", "--max-num-seqs=7", "--no-reflection", "--host=::1", "--decode=2")
+    gateway = parsed(found.gateway(None))
+    assert (gateway.http_port, gateway.reflection, gateway.host) == (0, False, "::1")
+    assert list(found.workers) == ["prefill-0", "decode-0", "decode-1"]
+    worker = parsed(found.workers["decode-1"](WHERE))
+    assert (worker.max_num_seqs, worker.host, worker.worker_id) == (7, "::1", "decode-1")
+    assert worker.gateway == ["127.0.0.1:83", "127.0.0.1:84"]
+    assert found.workers["decode-1"](WHERE)[0] == "decode"
+
+
+def test_a_restarted_gateway_has_the_same_ports():
+    again = parsed(plan("--http-port=0").gateway(replace(WHERE, internal="127.0.0.1:83")))
+    assert (again.http_port, again.grpc_port, again.internal_port) == (81, 82, 83)
+
+
+def test_share_takes_the_common_fields_only():
+    settings = parse(UpSettings, ["--threads=2", "--grpc-port=9"], prog="tandem up")
+    worker = share(WorkerSettings, settings, port=5)
+    assert (worker.threads, worker.port) == (2, 5)
+    assert share(GatewaySettings, settings).grpc_port == 9
+
+
+def test_the_admin_key_is_on_no_command_line():
+    found = plan("--admin-key=secret")
+    assert found.env["TANDEM_ADMIN_KEY"] == "secret"
+    commands = [found.gateway(None), *(command(WHERE) for command in found.workers.values())]
+    assert not any("secret" in word for command in commands for word in command)
+
+
+def test_environment_of_children():
+    env = child_env({"GOMP_SPINCOUNT": "7", "PYTHONPATH": "/mine"}, threads=2)
+    assert env["GOMP_SPINCOUNT"] == "7"
+    assert env["OMP_WAIT_POLICY"] == "passive"
+    assert env["OMP_NUM_THREADS"] == "2"
+    assert env["PYTHONPATH"].endswith(":/mine")
+    assert "OMP_NUM_THREADS" not in child_env({})
+
+
+def test_model_on_the_command_line_of_children(tmp_path, monkeypatch):
+    assert located_model("") == str(DEMO_MODEL)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine").mkdir()
+    assert located_model("mine") == str(tmp_path / "mine")
+    with pytest.raises(StartupError, match="no such directory"):
+        located_model("./missing")
