@@ -1,0 +1,39 @@
+"""What the operator sets for one engine."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+DType = Literal["auto", "float32", "bfloat16", "float16"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineConfig:
+    """Sizes and limits of one engine; ValueError names the rule that a value breaks."""
+
+    block_size: int = 16
+    """Token slots of a block."""
+    num_blocks: int | None = None
+    """Blocks of the pool; None: as many as fit into `kv_cache_memory_bytes`."""
+    kv_cache_memory_bytes: int = 1 << 30
+    """Memory of the KV pool, all groups together."""
+    max_model_len: int | None = None
+    """Most tokens of a sequence, prompt and output; None: what the checkpoint allows."""
+    max_num_seqs: int = 256
+    """Most requests that decode, are prefilled or are reserved at a time."""
+    max_num_batched_tokens: int = 2048
+    """Most tokens of a step; longer prompts are computed in chunks."""
+    dtype: DType = "auto"
+    """Of weights and KV. "auto": the checkpoint's on a GPU, float32 on a CPU, where exactness is defined."""
+    device: str = "cpu"
+    """A torch device, for example "cpu" or "cuda:0"."""
+
+    def __post_init__(self) -> None:
+        for field in ("block_size", "kv_cache_memory_bytes", "max_num_seqs", "max_num_batched_tokens"):
+            if getattr(self, field) < 1:
+                raise ValueError(f"{field} must be at least 1, got {getattr(self, field)}")
+        for field in ("num_blocks", "max_model_len"):
+            value = getattr(self, field)
+            if value is not None and value < 1:
+                raise ValueError(f"{field} must be at least 1 or unset, got {value}")
+        if self.dtype not in ("auto", "float32", "bfloat16", "float16"):
+            raise ValueError(f"dtype must be auto, float32, bfloat16 or float16, got {self.dtype!r}")

@@ -1,0 +1,163 @@
+"""One engine: continuous batching of prefill and decode over one KV pool. One thread owns it.
+
+On a co-located or decode worker requests come by `submit` or by `reserve` and `commit`; on a prefill worker
+they come by `submit` with `prefill_only` and stay until `release`.
+"""
+
+from collections.abc import Hashable, Iterator
+
+from engine.config import EngineConfig
+from engine.kv_cache import KvCache
+from engine.loader import LoadedModel
+from engine.outputs import EngineLoad as EngineLoad
+from engine.outputs import StepOutput as StepOutput
+from engine.outputs import StepResult as StepResult
+from engine.outputs import judge
+from engine.plan import Scheduled
+from engine.request import FinishReason, Request, RequestState, TokenLogprob
+from engine.runner import Runner
+from engine.sampler import Sample
+from engine.scheduler import Scheduler
+from runtime.errors import ContextLengthExceeded, InvalidRequest
+
+
+class Engine:
+    """Token ids in, token ids out, a step at a time."""
+
+    def __init__(self, config: EngineConfig, model: LoadedModel) -> None:
+        self.config = config
+        self.model = model
+        self.facts = model.facts
+        self.kv_cache = KvCache(config, model.facts)
+        self._scheduler = Scheduler(
+            self.kv_cache.tables,
+            max_num_seqs=config.max_num_seqs,
+            max_num_batched_tokens=config.max_num_batched_tokens,
+        )
+        self._runner = Runner(model, self.kv_cache)
+
+    def submit(self, request: Request) -> None:
+        """Queue for local prefill, then decode unless prefill_only; InvalidRequest if it can never run."""
+        self._validate(request)
+        self._scheduler.submit(request)
+
+    def reserve(self, request: Request) -> bool:
+        """Allocate blocks for all tokens of a request whose KV will be written from outside.
+
+        False: not now, try again after blocks were freed. InvalidRequest: never. Reserved blocks are not
+        taken back but by `abort`.
+        """
+        self._validate(request)
+        return self._scheduler.reserve(request)
+
+    def commit(self, request: Request, first_token: int, logprob: TokenLogprob | None) -> StepOutput:
+        """A reserved request's KV is in its blocks: append its next token and let it decode.
+
+        If the token ends the request, its blocks are free on return.
+        """
+        assert request.state is RequestState.RESERVED, request.state
+        self._scheduler.commit(request)
+        return self._append(request, Sample(first_token, logprob))
+
+    def abort(self, key: Hashable) -> bool:
+        """Forget a request in any state and free its blocks at once; False if there is none."""
+        request = self._scheduler.live.get(key)
+        if request is not None:
+            self._scheduler.finish(request)
+        return request is not None
+
+    def release(self, key: Hashable) -> None:
+        """Free the blocks of a prefill-only request; nothing happens if it is gone already."""
+        self.abort(key)
+
+    def step(self) -> StepResult:
+        """Schedule, run, commit."""
+        plan = self._scheduler.schedule()
+        if not plan:
+            return StepResult()
+        samples = self._runner.run(plan)
+        return self._commit_step(plan, iter(samples))
+
+    def has_work(self) -> bool:
+        """Whether a step would compute anything; a request that waits for blocks alone is no work."""
+        return self._scheduler.has_work()
+
+    def load(self) -> EngineLoad:
+        """How busy this engine is."""
+        scheduler, tables = self._scheduler, self.kv_cache.tables
+        return EngineLoad(
+            requests_running=len(scheduler.decode.running) + len(scheduler.prefill.prefilling),
+            requests_waiting=len(scheduler.prefill.waiting),
+            queued_prefill_tokens=scheduler.prefill.num_queued_tokens,
+            blocks_total=tables.num_blocks,
+            blocks_used=tables.num_used,
+            blocks_cached=0,
+        )
+
+    def check(self) -> None:
+        """Assert the invariants of scheduler and block tables."""
+        self._scheduler.check()
+
+    def _commit_step(self, plan: list[Scheduled], samples: Iterator[Sample]) -> StepResult:
+        result = StepResult()
+        for item in plan:
+            request, has_sample = item.request, item.samples
+            request.num_computed_tokens += item.query_len
+            if request.prefill_only:
+                result.computed.append(request)
+            if has_sample:
+                self._advance(request)
+                result.outputs.append(self._append(request, next(samples)))
+        return result
+
+    def _advance(self, request: Request) -> None:
+        """All tokens of the request are computed: on to its next state."""
+        if request.state is RequestState.PREFILLING and request.prefill_only:
+            self._scheduler.hold(request)
+        elif request.state is RequestState.PREFILLING:
+            self._scheduler.start_decoding(request)
+
+    def _append(self, request: Request, sample: Sample) -> StepOutput:
+        """Add a token to the sequence; a finished request frees its blocks, unless it is held."""
+        start_index = len(request.output_token_ids)
+        if sample.error is not None:
+            self._retire(request)
+            return StepOutput(
+                request=request, start_index=start_index, finish_reason=FinishReason.ERROR, error=sample.error
+            )
+        request.output_token_ids.append(sample.token_id)
+        reason, stop_token_id = judge(request, self.facts.eos_token_ids, self.facts.max_model_len)
+        if reason is not None:
+            self._retire(request)
+        return StepOutput(
+            request=request,
+            start_index=start_index,
+            token_ids=(sample.token_id,),
+            logprobs=None if sample.logprob is None else (sample.logprob,),
+            finish_reason=reason,
+            stop_token_id=stop_token_id,
+        )
+
+    def _retire(self, request: Request) -> None:
+        if request.state is not RequestState.HELD:
+            self._scheduler.finish(request)
+
+    def _validate(self, request: Request) -> None:
+        """Whatever would disturb others in a batch, or could never end, is refused here."""
+        params, vocab_size = request.sampling, self.facts.vocab_size
+        if not request.prompt_token_ids:
+            raise InvalidRequest("the prompt has no tokens", field="prompt")
+        if request.num_tokens >= self.facts.max_model_len:
+            raise ContextLengthExceeded(
+                f"{request.num_tokens} tokens leave no room in a context of {self.facts.max_model_len}",
+                field="prompt",
+            )
+        if len(request.output_token_ids) >= params.max_tokens:
+            raise InvalidRequest("max_tokens have been emitted already", field="max_tokens")
+        for field, token_ids in (
+            ("prompt", request.tokens(0, request.num_tokens)),
+            ("stop_token_ids", params.stop_token_ids),
+            ("logit_bias", tuple(params.logit_bias)),
+        ):
+            if token_ids and not (min(token_ids) >= 0 and max(token_ids) < vocab_size):
+                raise InvalidRequest(f"{field}: token ids must be in [0, {vocab_size})", field=field)

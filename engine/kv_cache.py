@@ -1,0 +1,41 @@
+"""The preallocated KV tensors of a worker, one per group, and the tables that hand out their blocks."""
+
+import torch
+from torch import Tensor
+
+from engine.block_tables import BlockTables
+from engine.config import EngineConfig
+from engine.loader import KvGroupSpec, ModelFacts
+from runtime.errors import StartupError
+
+
+class KvCache:
+    """Memory for keys and values; nobody but the engine's thread writes into it."""
+
+    def __init__(self, config: EngineConfig, facts: ModelFacts) -> None:
+        num_blocks = pool_size(config, facts)
+        device = torch.device(config.device)
+        self.groups = [_allocate(spec, num_blocks, config.block_size, device) for spec in facts.kv_groups]
+        """[num_layers, 2, num_blocks, block_size, num_kv_heads, head_dim] each, contiguous."""
+        self.tables = BlockTables(
+            num_groups=len(self.groups), num_blocks=num_blocks, block_size=config.block_size
+        )
+
+
+def pool_size(config: EngineConfig, facts: ModelFacts) -> int:
+    """Blocks of the pool; StartupError if it does not hold one request of the model's longest length."""
+    bytes_per_block = config.block_size * sum(spec.bytes_per_token for spec in facts.kv_groups)
+    num_blocks = config.num_blocks or config.kv_cache_memory_bytes // bytes_per_block
+    needed = -(-facts.max_model_len // config.block_size)
+    if num_blocks < needed:
+        raise StartupError(
+            f"--kv-cache-memory: {num_blocks} blocks hold {num_blocks * config.block_size} tokens, but one "
+            f"request of --max-model-len {facts.max_model_len} needs {needed * bytes_per_block} bytes"
+        )
+    return num_blocks
+
+
+def _allocate(spec: KvGroupSpec, num_blocks: int, block_size: int, device: torch.device) -> Tensor:
+    """Not filled: a CPU maps memory when it is touched, and slots are read only after they are written."""
+    shape = (spec.num_layers, 2, num_blocks, block_size, spec.num_kv_heads, spec.head_dim)
+    return torch.empty(shape, dtype=getattr(torch, spec.dtype), device=device)

@@ -1,0 +1,109 @@
+"""The Llama family as a plain module: packed tokens in, hidden states out.
+
+It knows nothing of checkpoints' names, of requests or of policy. Shapes: n rows of the batch, h hidden.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from engine.models.config import LlamaConfig
+from engine.models.rope import RopeTables
+from kernels import ops
+from kernels.attention import AttentionBatch
+
+
+@dataclass(frozen=True)
+class Linear:
+    """y = x @ weight.T + bias; weight: [out, in]."""
+
+    weight: Tensor
+    bias: Tensor | None
+
+    def apply(self, x: Tensor) -> Tensor:
+        """x: [..., in] -> [..., out]."""
+        return F.linear(x, self.weight, self.bias)
+
+
+class LlamaLayer:
+    """One decoder layer over the residual stream."""
+
+    def __init__(self, config: LlamaConfig, weights: Mapping[str, Tensor], prefix: str) -> None:
+        self._config = config
+        self._attention_norm = weights[f"{prefix}.attention_norm"]
+        self._mlp_norm = weights[f"{prefix}.mlp_norm"]
+        self._qkv, self._o, self._gate_up, self._down = (
+            Linear(weights[f"{prefix}.{name}.weight"], weights.get(f"{prefix}.{name}.bias"))
+            for name in ("qkv", "o", "gate_up", "down")
+        )
+
+    def forward(
+        self,
+        x: Tensor,
+        residual: Tensor,
+        positions: Tensor,
+        rope: RopeTables,
+        kv_layer: Tensor,
+        slot_mapping: Tensor,
+        attention: AttentionBatch,
+    ) -> tuple[Tensor, Tensor]:
+        """x, residual: [n, h], summed on entry. Returns this layer's output and the residual before it."""
+        eps = self._config.rms_norm_eps
+        x, residual = ops.add_rms_norm(x, residual, self._attention_norm, eps)
+        x = self._attend(x, positions, rope, kv_layer, slot_mapping, attention)
+        x, residual = ops.add_rms_norm(x, residual, self._mlp_norm, eps)
+        return self._down.apply(ops.silu_mul(self._gate_up.apply(x))), residual
+
+    def _attend(
+        self,
+        x: Tensor,
+        positions: Tensor,
+        rope: RopeTables,
+        kv_layer: Tensor,
+        slot_mapping: Tensor,
+        attention: AttentionBatch,
+    ) -> Tensor:
+        config = self._config
+        heads = self._qkv.apply(x).view(len(x), -1, config.head_dim)
+        q, k, v = heads.split((config.num_q_heads, config.num_kv_heads, config.num_kv_heads), dim=1)
+        q, k = ops.rope(q, k, positions, rope.cos, rope.sin)
+        ops.store_kv(k, v, kv_layer, slot_mapping)
+        attended = ops.paged_attention(q, kv_layer, attention, config.head_dim**-0.5)
+        return self._o.apply(attended.view(len(x), -1))
+
+
+class Llama:
+    """Embedding, layers, final norm and output projection."""
+
+    def __init__(self, config: LlamaConfig, weights: Mapping[str, Tensor], rope: RopeTables) -> None:
+        self.config = config
+        self._rope = rope
+        self._embed = weights["embed"]
+        self._norm = weights["norm"]
+        self._lm_head = weights["embed" if config.tie_word_embeddings else "lm_head"]
+        self._layers = [LlamaLayer(config, weights, f"layers.{i}") for i in range(config.num_layers)]
+
+    def forward(
+        self,
+        token_ids: Tensor,
+        positions: Tensor,
+        kv_group: Tensor,
+        slot_mapping: Tensor,
+        attention: AttentionBatch,
+    ) -> Tensor:
+        """Hidden states [n, h] after the final norm; writes the new tokens' KV into their slots.
+
+        token_ids, positions: int64 [n]; kv_group: [num_layers, 2, num_blocks, block_size, num_kv_heads,
+        head_dim]; slot_mapping: int64 [num_tokens <= n], rows beyond it are padding.
+        """
+        x = F.embedding(token_ids, self._embed)
+        residual = x.new_zeros(())
+        for layer, kv_layer in zip(self._layers, kv_group, strict=True):
+            x, residual = layer.forward(x, residual, positions, self._rope, kv_layer, slot_mapping, attention)
+        return ops.add_rms_norm(x, residual, self._norm, self.config.rms_norm_eps)[0]
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """fp32 [n, vocab_size] of hidden states [n, h]."""
+        return F.linear(hidden, self._lm_head).float()

@@ -1,0 +1,63 @@
+"""What a step tells the world."""
+
+from collections.abc import Collection
+from dataclasses import dataclass, field
+
+from engine.request import FinishReason, Request, TokenLogprob
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StepOutput:
+    """New tokens of one request."""
+
+    request: Request
+    start_index: int
+    """Index in output_token_ids of the first new token."""
+    token_ids: tuple[int, ...] = ()
+    logprobs: tuple[TokenLogprob, ...] | None = None
+    """One per token; None if the request asked for none."""
+    finish_reason: FinishReason | None = None
+    stop_token_id: int | None = None
+    """The token that ended the request, if one did; it is the last of `token_ids`."""
+    error: str | None = None
+    """Why the request ended with FinishReason.ERROR; its batch-mates are not affected."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StepResult:
+    """Everything that changed in one step."""
+
+    outputs: list[StepOutput] = field(default_factory=list)
+    computed: list[Request] = field(default_factory=list)
+    """Prefill-only requests whose num_computed_tokens advanced, by the last chunk included."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EngineLoad:
+    """How busy an engine is."""
+
+    requests_running: int
+    """Decoding or being prefilled."""
+    requests_waiting: int
+    """Without blocks."""
+    queued_prefill_tokens: int
+    """To be computed before their requests can decode."""
+    blocks_total: int
+    blocks_used: int
+    """Held by requests, reserved and held ones included."""
+    blocks_cached: int
+    """Held by nothing but a prefix cache."""
+
+
+def judge(
+    request: Request, eos_token_ids: Collection[int], max_model_len: int
+) -> tuple[FinishReason | None, int | None]:
+    """Whether the last output token ends the request: (finish reason, stop token id)."""
+    params, last = request.sampling, request.output_token_ids[-1]
+    num_outputs = len(request.output_token_ids)
+    stops = last in params.stop_token_ids or (not params.ignore_eos and last in eos_token_ids)
+    if stops and num_outputs > params.min_tokens:
+        return FinishReason.STOP, last
+    if num_outputs >= params.max_tokens or request.num_tokens >= max_model_len:
+        return FinishReason.LENGTH, None
+    return None, None

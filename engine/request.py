@@ -1,0 +1,159 @@
+"""A request as the engine sees it: token ids in, token ids out.
+
+1. `Engine.submit` makes it WAITING; the scheduler allocates its blocks and it is PREFILLING, chunk by chunk.
+2. With its last prompt token computed it has its first new token and is RUNNING: one token per step.
+   A prefill-only request is HELD instead, so that its blocks can be read until `Engine.release`.
+3. On the receiving side of a KV transfer it starts RESERVED: blocks are allocated, and filled from outside;
+   `Engine.commit` brings the first token and makes it RUNNING.
+4. A RUNNING request may lose its blocks (preemption) and is WAITING again, with all its tokens.
+5. FINISHED requests hold no blocks. `Engine.abort` leads here from every state.
+"""
+
+import math
+from collections.abc import Callable, Hashable, Mapping
+from dataclasses import dataclass, field
+from enum import Enum, auto
+
+from runtime.errors import InvalidRequest
+
+
+class FinishReason(Enum):
+    """Why a generation ended."""
+
+    STOP = "stop"
+    LENGTH = "length"
+    ABORT = "abort"
+    ERROR = "error"
+
+
+class RequestState(Enum):
+    """Where a request is in its life; TRANSITIONS says what may follow."""
+
+    NEW = auto()
+    WAITING = auto()
+    PREFILLING = auto()
+    RESERVED = auto()
+    RUNNING = auto()
+    HELD = auto()
+    FINISHED = auto()
+
+
+TRANSITIONS: Mapping[RequestState, frozenset[RequestState]] = {
+    RequestState.NEW: frozenset({RequestState.WAITING, RequestState.RESERVED}),
+    RequestState.WAITING: frozenset({RequestState.PREFILLING, RequestState.FINISHED}),
+    RequestState.PREFILLING: frozenset({RequestState.RUNNING, RequestState.HELD, RequestState.FINISHED}),
+    RequestState.RESERVED: frozenset({RequestState.RUNNING, RequestState.FINISHED}),
+    RequestState.RUNNING: frozenset({RequestState.WAITING, RequestState.FINISHED}),
+    RequestState.HELD: frozenset({RequestState.FINISHED}),
+    RequestState.FINISHED: frozenset(),
+}
+
+MIN_TEMPERATURE = 1e-5
+"""Below it sampling is greedy: dividing by less would leave fp32's range."""
+
+RULES: Mapping[str, tuple[Callable[[float], bool], str]] = {
+    "max_tokens": (lambda value: value >= 1, "at least 1"),
+    "min_tokens": (lambda value: value >= 0, "at least 0"),
+    "temperature": (lambda value: 0 <= value < math.inf, "at least 0 and finite"),
+    "top_p": (lambda value: 0 < value <= 1, "in (0, 1]"),
+    "top_k": (lambda value: value >= -1, "at least -1"),
+    "min_p": (lambda value: 0 <= value <= 1, "in [0, 1]"),
+    "repetition_penalty": (lambda value: 0 < value < math.inf, "greater than 0 and finite"),
+    "presence_penalty": (math.isfinite, "finite"),
+    "frequency_penalty": (math.isfinite, "finite"),
+    "seed": (lambda value: -(2**63) <= value < 2**63, "a signed 64-bit integer"),
+}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SamplingParams:
+    """How the next token is chosen. InvalidRequest names the field that is out of range."""
+
+    max_tokens: int
+    """Most output tokens, those of earlier attempts included."""
+    min_tokens: int = 0
+    """End-of-sequence and stop token ids are not sampled before this many output tokens."""
+    temperature: float = 1.0
+    """0, and anything below MIN_TEMPERATURE, is greedy."""
+    top_p: float = 1.0
+    top_k: int = 0
+    """0 or -1 keeps every token."""
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    """Counts prompt and output (Keskar et al. 2019)."""
+    presence_penalty: float = 0.0
+    """Counts output only."""
+    frequency_penalty: float = 0.0
+    """Counts output only."""
+    seed: int = 0
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    logprobs: int | None = None
+    """Report the log-probability of each token and of this many likeliest alternatives."""
+
+    def __post_init__(self) -> None:
+        for name, (holds, rule) in RULES.items():
+            if not holds(getattr(self, name)):
+                raise InvalidRequest(f"{name} must be {rule}, got {getattr(self, name)}", field=name)
+        if not all(map(math.isfinite, self.logit_bias.values())):
+            raise InvalidRequest("logit_bias values must be finite", field="logit_bias")
+        if self.logprobs is not None and self.logprobs < 0:
+            raise InvalidRequest(f"logprobs must be at least 0, got {self.logprobs}", field="logprobs")
+
+    @property
+    def greedy(self) -> bool:
+        """No noise: the likeliest token wins."""
+        return self.temperature < MIN_TEMPERATURE
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprob:
+    """Log-probability of a sampled token under the unscaled, unpenalised model distribution."""
+
+    logprob: float
+    top: tuple[tuple[int, float], ...]
+    """Likeliest tokens with their log-probabilities, best first; as many as were asked for."""
+
+
+@dataclass(eq=False, kw_only=True, slots=True)
+class Request:
+    """One sequence with its cursor and its blocks. The engine alone changes it after submission."""
+
+    key: Hashable
+    """Unique among the engine's live requests."""
+    prompt_token_ids: list[int]
+    sampling: SamplingParams
+    output_token_ids: list[int] = field(default_factory=list)
+    """May start with what earlier attempts emitted; those count for penalties and limits."""
+    prefill_only: bool = False
+    """Compute the prompt, sample one token, then keep the blocks until released."""
+    choice: int = 0
+    """Index among the choices of one prompt; choices with one seed draw different noise."""
+    num_computed_tokens: int = 0
+    """Leading tokens whose KV lies in this request's blocks."""
+    num_cached_tokens: int = 0
+    """Of these, found in a prefix cache when the blocks were allocated."""
+    block_tables: list[list[int]] = field(default_factory=list)
+    """Block ids in token order, one list per KV group; empty while no blocks are held."""
+    state: RequestState = RequestState.NEW
+    arrival: int = 0
+    """Order of submission to this engine; the largest is the youngest."""
+
+    @property
+    def num_tokens(self) -> int:
+        """Length of the sequence: prompt and output."""
+        return len(self.prompt_token_ids) + len(self.output_token_ids)
+
+    def tokens(self, start: int, end: int) -> list[int]:
+        """Token ids of positions start..end-1 of the sequence."""
+        num_prompt = len(self.prompt_token_ids)
+        if end <= num_prompt:
+            return self.prompt_token_ids[start:end]
+        outputs = self.output_token_ids[max(start - num_prompt, 0) : end - num_prompt]
+        return self.prompt_token_ids[start:] + outputs
+
+    def move(self, state: RequestState) -> None:
+        """The only place where the state changes."""
+        assert state in TRANSITIONS[self.state], f"{self.key!r}: {self.state.name} -> {state.name}"
+        self.state = state

@@ -1,0 +1,35 @@
+"""Runs a plan: one packed forward pass and one pass of the sampler. No policy."""
+
+from collections.abc import Sequence
+
+import torch
+
+from engine.batch import build_batch
+from engine.kv_cache import KvCache
+from engine.loader import LoadedModel
+from engine.plan import Scheduled
+from engine.sampler import Sample, Sampler
+
+
+class Runner:
+    """The model, its KV cache and its sampler on one device."""
+
+    def __init__(self, model: LoadedModel, kv_cache: KvCache) -> None:
+        self._module = model.module
+        self._kv_cache = kv_cache
+        self._sampler = Sampler(model.facts.eos_token_ids)
+
+    @torch.inference_mode()
+    def run(self, plan: Sequence[Scheduled]) -> list[Sample]:
+        """Compute all scheduled tokens; the samples of the requests that sample, in plan order."""
+        kv_group = self._kv_cache.groups[0]
+        batch = build_batch(plan, block_size=self._kv_cache.tables.block_size, device=kv_group.device)
+        group = batch.groups[0]
+        hidden = self._module.forward(
+            batch.token_ids, batch.positions, kv_group, group.slot_mapping, group.attention
+        )
+        requests = [item.request for item in plan if item.samples]
+        if not requests:
+            return []
+        logits = self._module.logits(hidden.index_select(0, batch.sample_rows))
+        return self._sampler.sample(logits[: batch.num_samples], requests)

@@ -1,0 +1,37 @@
+"""Counter-based noise and the choice of a token: argmax(logits + Gumbel noise).
+
+The Gumbel-max trick draws from softmax(logits). Because the noise is a pure function of
+(seed, position, choice, token id), a request draws the same tokens in any batch, on any worker.
+"""
+
+import torch
+from torch import Tensor
+
+from kernels.checksums import as_int64, splitmix64
+
+POSITION_STRIDE = as_int64(0xD1342543DE82EF95)
+CHOICE_STRIDE = as_int64(0xAF251AF3B0F025B5)
+LARGEST_UNIFORM = 1.0 - 2.0**-24
+"""The largest fp32 below 1: keeps every Gumbel value finite."""
+
+
+def gumbel_noise(seeds: Tensor, positions: Tensor, choices: Tensor, vocab_size: int) -> Tensor:
+    """Standard Gumbel noise, fp32 [num_rows, vocab_size].
+
+    seeds, positions, choices: int64 [num_rows]. The uniform under it keeps fp32's relative precision
+    near 0, which is the upper tail of the noise.
+    """
+    keys = splitmix64(splitmix64(splitmix64(seeds) + positions * POSITION_STRIDE) + choices * CHOICE_STRIDE)
+    token_ids = torch.arange(vocab_size, dtype=torch.int64, device=seeds.device)
+    bits = splitmix64(keys.unsqueeze(1) ^ splitmix64(token_ids)) & (2**63 - 1)
+    uniform = ((bits.float() + 0.5) * 2.0**-63).clamp_(max=LARGEST_UNIFORM)
+    return -(-torch.log1p(-uniform)).log()
+
+
+def sample(logits: Tensor, seeds: Tensor, positions: Tensor, choices: Tensor) -> Tensor:
+    """Draw token ids, int64 [num_rows], from softmax(logits); a tie goes to the lowest id.
+
+    logits: fp32 [num_rows, vocab_size], already divided by the temperature, -inf where excluded;
+    seeds, positions, choices: int64 [num_rows].
+    """
+    return (logits + gumbel_noise(seeds, positions, choices, logits.shape[-1])).argmax(-1)
