@@ -1,0 +1,53 @@
+"""Opening of an epoch: the receiver answers a Hello, the sender judges the Welcome."""
+
+from collections.abc import Sequence
+
+from kvtransfer.errors import LinkViolation
+from kvtransfer.layout import KvFacts, layer_block_bytes
+from kvtransfer.messages import Hello, Welcome
+from kvtransfer.plan import frame_sizes
+from runtime.errors import Mismatch
+
+MAX_FRAME_SIZES = 16
+"""A sender refuses longer tables."""
+
+MAX_SLABS = 1024
+"""A sender refuses to be granted more slabs."""
+
+
+def answer(
+    hello: Hello,
+    *,
+    facts: KvFacts,
+    boot_id: str,
+    transports: Sequence[str],
+    slab_bytes: int,
+    num_slabs: int,
+    epoch: int,
+) -> Welcome:
+    """The receiver's choices for this epoch.
+
+    Takes the first of the sender's transports that this side has too. Raises Mismatch if the hello is meant
+    for another boot, if any KV fact differs (all are named), or if no transport is common.
+    """
+    if hello.receiver_boot_id != boot_id:
+        raise Mismatch(f"boot {hello.receiver_boot_id} was wanted, this is boot {boot_id}")
+    facts.require_equal(hello.facts)
+    common = [name for name in hello.transports if name in transports]
+    if not common:
+        raise Mismatch(f"transports: none of {list(transports)} in {list(hello.transports)}")
+    return Welcome(epoch=epoch, transport=common[0], frame_sizes=frame_sizes(slab_bytes), num_slabs=num_slabs)
+
+
+def require_usable(welcome: Welcome, hello: Hello, *, max_slab_bytes: int) -> None:
+    """Raise LinkViolation unless the welcome answers `hello` within this side's limits."""
+    sizes, facts = welcome.frame_sizes, hello.facts
+    least = max(layer_block_bytes(group, facts.block_size) for group in facts.groups)
+    if welcome.transport not in hello.transports:
+        raise LinkViolation(f"transport {welcome.transport!r} was not offered")
+    if not 1 <= len(sizes) <= MAX_FRAME_SIZES or list(sizes) != sorted(set(sizes), reverse=True):
+        raise LinkViolation(f"frame sizes {sizes} do not descend")
+    if sizes[-1] < 1 or sizes[0] > max(max_slab_bytes, 2 * least) or sizes[0] < least:
+        raise LinkViolation(f"slab of {sizes[0]} bytes, wanted {least} to {max_slab_bytes}")
+    if not 1 <= welcome.num_slabs <= MAX_SLABS:
+        raise LinkViolation(f"{welcome.num_slabs} slabs")
