@@ -108,7 +108,7 @@ def _dtype(config: EngineConfig, embedding: StoredTensor) -> torch.dtype:
     if config.dtype != "auto":
         dtype: torch.dtype = getattr(torch, config.dtype)
         return dtype
-    return torch.float32 if config.device == "cpu" else DTYPES[embedding.dtype]
+    return torch.float32 if torch.device(config.device).type == "cpu" else DTYPES[embedding.dtype]
 
 
 def _rope_tables(config: LlamaConfig, max_model_len: int, device: str) -> RopeTables:

@@ -25,12 +25,10 @@ class DecodeBucket:
     num_blocks: int
     block_ids: Tensor
     """int64 [num_seqs * num_blocks]; padding repeats the request's own first block."""
-    last_block: Tensor
-    """int64 [num_seqs]: index into num_blocks of the last block with context."""
     hidden: Tensor
     """bool [num_seqs, 1, 1, num_blocks * block_size]: beyond the context."""
-    tail: Tensor
-    """bool [num_seqs, block_size, 1, 1]: slots of the last block beyond the context, never written."""
+    hidden_rows: Tensor
+    """int64: indices of the hidden slots among all num_seqs * num_blocks * block_size."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,17 +103,13 @@ class AttentionBatch:
             block_ids += table
             block_ids += [table[0]] * (num_blocks - len(table))
         context_lens = self._tensor([self.context_lens[seq] for seq, _ in members])
-        last_block = (context_lens - 1) // self.block_size
-        used = context_lens - last_block * self.block_size
         hidden = self._arange(0, num_blocks * self.block_size) >= context_lens.unsqueeze(1)
-        tail = self._arange(0, self.block_size) >= used.unsqueeze(1)
         return DecodeBucket(
             rows=self._tensor([row for _, row in members]),
             num_blocks=num_blocks,
             block_ids=self._tensor(block_ids),
-            last_block=last_block,
             hidden=hidden[:, None, None, :],
-            tail=tail[:, :, None, None],
+            hidden_rows=hidden.flatten().nonzero().squeeze(1),
         )
 
     def _arange(self, start: int, end: int) -> Tensor:
@@ -142,24 +136,25 @@ def paged_attention(q: Tensor, kv_layer: Tensor, batch: AttentionBatch, scale: f
 
 
 def _decode(q: Tensor, kv_layer: Tensor, bucket: DecodeBucket, scale: float) -> Tensor:
-    """One query per request: q heads of a KV head are the rows of one small matrix product."""
-    _, _, block_size, num_kv_heads, head_dim = kv_layer.shape
+    """One query per request: the q heads that share a KV head are the rows of one small matrix product."""
+    num_kv_heads, head_dim = kv_layer.shape[3:]
     num_seqs = len(bucket.rows)
-    blocks = (num_seqs, bucket.num_blocks, block_size, num_kv_heads, head_dim)
-    context = (num_seqs, bucket.num_blocks * block_size, num_kv_heads, head_dim)
-    keys = kv_layer[0].index_select(0, bucket.block_ids).view(context)
-    values = _without_tail(kv_layer[1].index_select(0, bucket.block_ids).view(blocks), bucket)
-    queries = q.index_select(0, bucket.rows).view(num_seqs, num_kv_heads, -1, head_dim)
-    scores = torch.matmul(queries, keys.permute(0, 2, 3, 1)).float() * scale
-    probs = scores.masked_fill_(bucket.hidden, -torch.inf).softmax(-1).to(q.dtype)
-    return torch.matmul(probs, values.view(context).transpose(1, 2)).reshape(num_seqs, -1, head_dim)
+    keys = _contexts(kv_layer[0].index_select(0, bucket.block_ids), num_seqs)
+    values = kv_layer[1].index_select(0, bucket.block_ids)
+    # Whoever wrote the slots beyond the context last may have left NaN, which a weight of 0 lets through.
+    values.flatten(0, 1).index_fill_(0, bucket.hidden_rows, 0)
+    queries = q.index_select(0, bucket.rows).view(num_seqs * num_kv_heads, -1, head_dim)
+    scores = torch.bmm(queries, keys.transpose(1, 2)).float() * scale
+    scores = scores.view(num_seqs, num_kv_heads, -1, keys.shape[1]).masked_fill_(bucket.hidden, -torch.inf)
+    probs = scores.softmax(-1).to(q.dtype).flatten(0, 1)
+    return torch.bmm(probs, _contexts(values, num_seqs)).view(num_seqs, -1, head_dim)
 
 
-def _without_tail(values: Tensor, bucket: DecodeBucket) -> Tensor:
-    """Zeros for slots that were never written: whatever lies there, NaN included, has weight 0."""
-    seqs = torch.arange(len(bucket.rows), device=values.device)
-    values[seqs, bucket.last_block] = values[seqs, bucket.last_block].masked_fill(bucket.tail, 0)
-    return values
+def _contexts(blocks: Tensor, num_seqs: int) -> Tensor:
+    """[num_seqs * num_blocks, block_size, num_kv_heads, head_dim] -> [num_seqs * num_kv_heads, len, dim]."""
+    _, _, num_kv_heads, head_dim = blocks.shape
+    by_head = blocks.view(num_seqs, -1, num_kv_heads, head_dim).transpose(1, 2)
+    return by_head.reshape(num_seqs * num_kv_heads, -1, head_dim)
 
 
 def _prefill(q: Tensor, kv_layer: Tensor, span: PrefillSpan, scale: float) -> Tensor:
