@@ -1,0 +1,215 @@
+"""The gateway's end of the attach streams: one per worker, all requests of this gateway inside.
+
+1. `run` opens Attach, says hello, and pings each heartbeat interval. The worker's first event makes the
+   client `connected`.
+2. `submit` queues a command and files the request's Inbox under (request, attempt); events of the worker
+   go to that Inbox. `abort` takes it out again and tells the worker.
+3. The end of the stream, or ATTACH_SILENCE_S without an event, is put into every Inbox as a loss; the
+   client connects again until its task is cancelled.
+
+A slow reader of an Inbox delays nobody: an Inbox takes what comes, and its request's max_tokens bounds it.
+"""
+
+import asyncio
+import logging
+from collections import deque
+from collections.abc import AsyncIterator, Callable
+from typing import Any, NamedTuple
+
+import grpc.aio
+
+from gateway.attempt import Source
+from protos.tandem.v1 import common_pb2 as pb
+from protos.tandem.v1 import decode_pb2, decode_pb2_grpc, prefill_pb2, prefill_pb2_grpc
+from runtime import rpc
+from runtime.errors import Overloaded, TandemError, Unavailable
+from runtime.limits import ATTACH_SILENCE_S, HEARTBEAT_INTERVAL_S
+from runtime.version import PROTOCOL_MAJOR
+
+logger = logging.getLogger(__name__)
+
+MAX_QUEUED_COMMANDS = 4096
+"""Submits that wait to be sent to one worker; more are refused. Aborts always fit."""
+
+RECONNECT_S = (0.05, 1.0)
+"""First and longest pause before the stream is opened again."""
+
+STUBS: dict[Source, tuple[Callable[[grpc.aio.Channel], Any], Callable[..., Any]]] = {
+    Source.PREFILL: (prefill_pb2_grpc.PrefillServiceStub, prefill_pb2.PrefillServiceAttachRequest),
+    Source.DECODE: (decode_pb2_grpc.DecodeServiceStub, decode_pb2.DecodeServiceAttachRequest),
+}
+
+
+class Arrival(NamedTuple):
+    """One thing that a worker said about an attempt, or the loss of the worker."""
+
+    source: Source
+    attempt: int
+    what: pb.TokenFrame | pb.AttemptEnd | TandemError
+
+
+class Inbox:
+    """Arrivals of one request from all of its workers, for one reader."""
+
+    def __init__(self) -> None:
+        self._arrivals: list[Arrival] = []
+        self._wake = asyncio.Event()
+        self._interrupt: TandemError | None = None
+
+    def put(self, arrival: Arrival) -> None:
+        """Add an arrival; never blocks."""
+        self._arrivals.append(arrival)
+        self._wake.set()
+
+    def interrupt(self, error: TandemError) -> None:
+        """Make the next `get` raise this error."""
+        self._interrupt = error
+        self._wake.set()
+
+    async def get(self) -> list[Arrival]:
+        """Everything that has come since the last call, at least one arrival."""
+        await self._wake.wait()
+        self._wake.clear()
+        if self._interrupt is not None:
+            raise self._interrupt
+        arrivals, self._arrivals = self._arrivals, []
+        return arrivals
+
+
+class AttachClient:
+    """One worker as this gateway talks to it."""
+
+    def __init__(
+        self, identity: pb.WorkerIdentity, source: Source, gateway_id: str, on_dropped: Callable[[int], None]
+    ) -> None:
+        self.identity = identity
+        self.source = source
+        self.connected = False
+        self.load = pb.WorkerLoad()
+        self._gateway_id = gateway_id
+        self._on_dropped = on_dropped
+        self._live: dict[tuple[int, int], Inbox] = {}
+        self._uncomputed: dict[tuple[int, int], int] = {}
+        self._outgoing: deque[pb.AttachCommand] = deque()
+        self._wake = asyncio.Event()
+
+    @property
+    def num_live(self) -> int:
+        """Attempts of this gateway on the worker."""
+        return len(self._live)
+
+    @property
+    def num_uncomputed_tokens(self) -> int:
+        """Tokens submitted whose attempts have not produced anything yet: runs ahead of the reported load."""
+        return sum(self._uncomputed.values())
+
+    def submit(self, submit: pb.Submit, inbox: Inbox) -> None:
+        """Start an attempt. Unavailable (retryable) without a stream, Overloaded if the worker does not read."""
+        if not self.connected:
+            raise Unavailable(f"worker {self.identity.worker_id} is not connected", retryable=True)
+        if len(self._outgoing) >= MAX_QUEUED_COMMANDS:
+            raise Overloaded(
+                f"worker {self.identity.worker_id} does not keep up", retryable=True, retry_after_s=1.0
+            )
+        key = (submit.request, submit.attempt)
+        self._live[key] = inbox
+        self._uncomputed[key] = len(submit.prompt_token_ids)
+        self._send(pb.AttachCommand(submit=submit))
+
+    def abort(self, request: int, attempt: int) -> None:
+        """Give an attempt up; no-op if it has ended."""
+        if self._forget((request, attempt)) is not None:
+            self._send(pb.AttachCommand(abort=pb.AbortAttempt(request=request, attempt=attempt)))
+
+    async def run(self) -> None:
+        """Keep the stream open until cancelled."""
+        pause_s, longest_s = RECONNECT_S
+        async with rpc.channel(self.identity.address) as channel:
+            while True:
+                if await self._stream(channel):
+                    pause_s = RECONNECT_S[0]
+                await asyncio.sleep(pause_s)
+                pause_s = min(pause_s * 2, longest_s)
+
+    async def _stream(self, channel: grpc.aio.Channel) -> bool:
+        """One stream to its end; True if the worker ever spoke on it."""
+        stub, request_type = STUBS[self.source]
+        call = stub(channel).Attach(self._requests(request_type))
+        spoke = False
+        try:
+            while (event := await _next_event(call)) is not None:
+                spoke = self.connected = True
+                self._dispatch(event)
+        finally:
+            call.cancel()
+            self.lose()
+        return spoke
+
+    def lose(self) -> None:
+        """Take the worker for gone: every attempt on it ends with a loss."""
+        if self.connected:
+            logger.warning("worker %s: attach stream lost", self.identity.worker_id)
+        self.connected = False
+        self._outgoing.clear()
+        error = Unavailable(f"worker {self.identity.worker_id} is gone", retryable=True, retry_after_s=1.0)
+        for request, attempt in list(self._live):
+            inbox = self._forget((request, attempt))
+            assert inbox is not None
+            inbox.put(Arrival(self.source, attempt, error))
+
+    def _dispatch(self, event: pb.AttachEvent) -> None:
+        if event.HasField("load"):
+            self.load = event.load
+        for frame in event.tokens:
+            inbox = self._live.get((frame.request, frame.attempt))
+            if inbox is None:
+                self._on_dropped(1)
+                continue
+            self._uncomputed.pop((frame.request, frame.attempt), None)
+            inbox.put(Arrival(self.source, frame.attempt, frame))
+        for end in event.ends:
+            inbox = self._forget((end.request, end.attempt))
+            if inbox is not None:
+                inbox.put(Arrival(self.source, end.attempt, end))
+
+    def _forget(self, key: tuple[int, int]) -> Inbox | None:
+        self._uncomputed.pop(key, None)
+        return self._live.pop(key, None)
+
+    def _send(self, command: pb.AttachCommand) -> None:
+        self._outgoing.append(command)
+        self._wake.set()
+
+    async def _requests(self, request_type: Callable[..., Any]) -> AsyncIterator[Any]:
+        hello = pb.AttachHello(gateway_id=self._gateway_id, protocol_major=PROTOCOL_MAJOR)
+        yield request_type(command=pb.AttachCommand(hello=hello))
+        sequence = 0
+        while True:
+            while self._outgoing:
+                yield request_type(command=self._outgoing.popleft())
+            self._wake.clear()
+            try:
+                async with asyncio.timeout(HEARTBEAT_INTERVAL_S):
+                    await self._wake.wait()
+            except TimeoutError:
+                yield request_type(command=pb.AttachCommand(ping=pb.Ping(sequence=sequence)))
+                sequence += 1
+
+    def check(self) -> None:
+        """Nothing is filed without a stream, and only live attempts count as uncomputed."""
+        assert self.connected or not self._live
+        assert self._uncomputed.keys() <= self._live.keys()
+
+
+async def _next_event(call: Any) -> pb.AttachEvent | None:
+    """The worker's next event; None when the stream is over, broken or silent."""
+    try:
+        async with asyncio.timeout(ATTACH_SILENCE_S):
+            response = await call.read()
+    except (TimeoutError, grpc.aio.AioRpcError) as error:
+        logger.info("attach stream: %s", getattr(error, "details", lambda: "silent")())
+        return None
+    if response is grpc.aio.EOF:
+        return None
+    event: pb.AttachEvent = response.event
+    return event

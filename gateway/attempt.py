@@ -1,0 +1,156 @@
+"""What a request has emitted, across its attempts. Pure: arrivals in, tokens and an outcome out.
+
+1. `begin` opens an attempt; only its frames count from here on, older ones are dropped and counted.
+2. `on_frame` returns the tokens that nobody has seen yet. In a split attempt both workers send token 0,
+   in either order; a frame that would leave a gap fails the attempt.
+3. `on_end` and `on_lost` lead to `outcome`: Finished or Failed. Once the decode worker has spoken it has
+   the whole request, and nothing that happens to the prefill worker matters.
+"""
+
+import enum
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from protos.tandem.v1 import common_pb2 as pb
+from runtime import errors
+from runtime.errors import Internal, TandemError, Unavailable
+
+ERRORS_BY_CODE: dict[int, type[TandemError]] = {
+    1: errors.Cancelled,
+    3: errors.InvalidRequest,
+    4: errors.DeadlineExceeded,
+    5: errors.NotFound,
+    8: errors.Overloaded,
+    9: errors.Mismatch,
+    14: errors.Unavailable,
+}
+"""By google.rpc.Code; any other is Internal."""
+
+
+class Source(enum.Enum):
+    """Which of an attempt's two workers is meant."""
+
+    PREFILL = "prefill"
+    DECODE = "decode"
+
+
+class NewTokens(NamedTuple):
+    """Tokens that the client has not seen; logprobs are empty or one each."""
+
+    token_ids: Sequence[int]
+    logprobs: Sequence[pb.TokenLogprob]
+
+
+NOTHING = NewTokens((), ())
+
+
+class Finished(NamedTuple):
+    """The generation is complete."""
+
+    reason: pb.FinishReason
+    stop_token_id: int | None
+
+
+class Failed(NamedTuple):
+    """The attempt is over without a result."""
+
+    error: TandemError
+    source: Source
+    worker_lost: bool
+    """The worker broke down, rather than saying no."""
+
+
+class Progress:
+    """The output of one request so far and the state of its current attempt."""
+
+    def __init__(self) -> None:
+        self.emitted: list[int] = []
+        self.attempt = -1
+        self.cached_tokens = 0
+        self.dropped_frames = 0
+        self.outcome: Finished | Failed | None = None
+        self.open: set[Source] = set()
+        """Workers of this attempt that have not ended it: they must be told if it is given up."""
+        self._decode_spoke = False
+        self._early_finish: Finished | None = None
+
+    def begin(self, *, split: bool) -> int:
+        """Open the next attempt; returns its number. `split`: a prefill worker takes part."""
+        self.attempt += 1
+        self.outcome = None
+        self.open = {Source.PREFILL, Source.DECODE} if split else {Source.DECODE}
+        self._decode_spoke = False
+        self._early_finish = None
+        return self.attempt
+
+    def on_frame(self, source: Source, frame: pb.TokenFrame) -> NewTokens:
+        """The unseen suffix of a frame."""
+        if frame.attempt != self.attempt or frame.choice != 0 or self.outcome is not None:
+            self.dropped_frames += 1
+            return NOTHING
+        num_seen = len(self.emitted) - frame.start_index
+        if num_seen < 0:
+            self._fail(source, f"a gap before token {frame.start_index}")
+            return NOTHING
+        if list(frame.token_ids[:num_seen]) != self.emitted[frame.start_index :][: len(frame.token_ids)]:
+            self._fail(source, f"other tokens at {frame.start_index} than before")
+            return NOTHING
+        self._decode_spoke |= source is Source.DECODE
+        self.cached_tokens = max(self.cached_tokens, frame.cached_tokens)
+        new = NewTokens(frame.token_ids[num_seen:], frame.logprobs[num_seen:])
+        self.emitted += new.token_ids
+        return new
+
+    def on_end(self, source: Source, end: pb.AttemptEnd) -> None:
+        """A worker ended its part."""
+        if end.attempt != self.attempt or self.outcome is not None:
+            return
+        self.open.discard(source)
+        match end.WhichOneof("outcome"):
+            case "finished":
+                self._on_finished(source, end.finished)
+            case "failed":
+                self._on_failed(source, _to_error(end.failed), worker_lost=False)
+            case _:
+                self.outcome = self._early_finish
+
+    def on_lost(self, source: Source, attempt: int, error: TandemError) -> None:
+        """A worker of this attempt is gone, or its stream is."""
+        if attempt == self.attempt and source in self.open and self.outcome is None:
+            self.open.discard(source)
+            self._on_failed(source, error, worker_lost=True)
+
+    def _on_finished(self, source: Source, finished: pb.ChoiceFinished) -> None:
+        if finished.reason not in (pb.FINISH_REASON_STOP, pb.FINISH_REASON_LENGTH):
+            error = Internal(
+                "the worker gave the request up", retryable=finished.reason == pb.FINISH_REASON_ABORT
+            )
+            self._on_failed(source, error, worker_lost=False)
+            return
+        stop_token_id = finished.stop_token_id if finished.HasField("stop_token_id") else None
+        outcome = Finished(finished.reason, stop_token_id)
+        if source is Source.DECODE and not self._decode_spoke and Source.PREFILL in self.open:
+            # Token 0 ended the choice and is still on its way from the prefill worker.
+            self._early_finish = outcome
+        else:
+            self.outcome = outcome
+
+    def _on_failed(self, source: Source, error: TandemError, *, worker_lost: bool) -> None:
+        if source is Source.PREFILL and self._decode_spoke:
+            return
+        self.outcome = Failed(error, source, worker_lost)
+
+    def _fail(self, source: Source, message: str) -> None:
+        self.outcome = Failed(Internal(message, retryable=True), source, worker_lost=False)
+
+    def check(self) -> None:
+        """What holds between any two arrivals."""
+        assert self.attempt >= -1
+        assert not (isinstance(self.outcome, Finished) and self.attempt < 0)
+        assert self._early_finish is None or not self._decode_spoke
+
+
+def _to_error(failed: pb.AttemptFailed) -> TandemError:
+    cls = ERRORS_BY_CODE.get(failed.code, Internal)
+    retry_after_s = 1.0 if cls in (errors.Overloaded, Unavailable) else None
+    return cls(failed.message or "the worker failed", retryable=failed.retryable, retry_after_s=retry_after_s)

@@ -1,0 +1,140 @@
+"""The workers of this gateway: the registry, and one attach client for each worker that lives."""
+
+import asyncio
+import logging
+from typing import Any
+
+from gateway.attach import AttachClient
+from gateway.attempt import Source
+from gateway.metrics import GatewayMetrics
+from gateway.registry import Registration, Registry, State
+from gateway.router import Candidate
+from protos.tandem.v1 import common_pb2, registry_pb2
+
+logger = logging.getLogger(__name__)
+
+TICK_S = 0.25
+"""How often silence is looked for."""
+
+SOURCES = {
+    common_pb2.WORKER_ROLE_PREFILL: Source.PREFILL,
+    common_pb2.WORKER_ROLE_DECODE: Source.DECODE,
+}
+
+
+class Fleet:
+    """Acts on what the registry decides. `run` owns every task."""
+
+    def __init__(self, registry: Registry, gateway_id: str, metrics: GatewayMetrics) -> None:
+        self.registry = registry
+        self.gateway_id = gateway_id
+        self._metrics = metrics
+        self._clients: dict[str, AttachClient] = {}
+        self._tasks: dict[str, asyncio.Task[None]] = {}
+        self._group: asyncio.TaskGroup | None = None
+
+    async def run(self) -> None:
+        """Watch the workers until cancelled."""
+        async with asyncio.TaskGroup() as self._group:
+            while True:
+                for registration in self.registry.expire():
+                    logger.warning("worker %s: no heartbeat, taken for hung", registration.worker_id)
+                    self._detach(registration.worker_id)
+                await asyncio.sleep(TICK_S)
+
+    def join(self, info: registry_pb2.WorkerInfo) -> Registration:
+        """Admit a worker and attach to it; Mismatch or InvalidRequest if it does not fit."""
+        assert self._group is not None
+        registration = self.registry.register(info)
+        self._detach(registration.worker_id)
+        client = AttachClient(
+            info.identity, SOURCES[info.role], self.gateway_id, self._metrics.dropped_frames.inc
+        )
+        self._clients[registration.worker_id] = client
+        self._tasks[registration.worker_id] = self._group.create_task(client.run())
+        logger.info("worker %s (%s) registered", registration.worker_id, client.source.value)
+        return registration
+
+    def leave(self, registration: Registration) -> None:
+        """The worker's registration ended; its attempts fail at once."""
+        if self.registry.leave(registration):
+            logger.info("worker %s left", registration.worker_id)
+            self._detach(registration.worker_id)
+
+    def heartbeat(self, registration: Registration, state: int) -> bool:
+        """The worker lives; False if it must register again."""
+        alive = self.registry.heartbeat(registration, state)
+        if alive and registration.state is State.DOWN:
+            self._detach(registration.worker_id)
+        return alive
+
+    def client(self, worker_id: str) -> AttachClient:
+        """The attach client of a candidate."""
+        return self._clients[worker_id]
+
+    def abort(self, worker_id: str, request: int, attempt: int) -> None:
+        """Tell a worker to give an attempt up; no-op if the worker or the attempt is gone."""
+        client = self._clients.get(worker_id)
+        if client is not None:
+            client.abort(request, attempt)
+
+    def candidates(self) -> list[Candidate]:
+        """Workers that can take a request now."""
+        return [
+            _candidate(client)
+            for worker in self.registry.alive()
+            if worker.state is State.READY and (client := self._clients[worker.worker_id]).connected
+        ]
+
+    def not_ready(self) -> str | None:
+        """Why no request can be served; None if one can."""
+        if any(candidate.role is Source.DECODE for candidate in self.candidates()):
+            return None
+        decodes = [w for w in self.registry.alive() if SOURCES[w.info.role] is Source.DECODE]
+        states = ", ".join(f"{worker.worker_id} is {worker.state.value}" for worker in decodes)
+        return f"no decode worker is ready ({states or 'none registered'})"
+
+    def describe(self) -> list[dict[str, Any]]:
+        """workers[] of /debug/state."""
+        return [self._describe(worker) for worker in self.registry.all()]
+
+    def load(self, worker_id: str) -> common_pb2.WorkerLoad:
+        """The last load that a worker reported; zeros once it is down."""
+        client = self._clients.get(worker_id)
+        return client.load if client else common_pb2.WorkerLoad()
+
+    def _describe(self, worker: Registration) -> dict[str, Any]:
+        load = self.load(worker.worker_id)
+        return {
+            "id": worker.worker_id,
+            "role": SOURCES[worker.info.role].value,
+            "state": worker.state.value,
+            "address": worker.info.identity.address,
+            "http": worker.info.http,
+            "pid": worker.info.pid,
+            "boot_id": worker.info.identity.boot_id,
+            "blocks_used": load.blocks_used,
+            "blocks_total": load.blocks_total,
+            "requests_running": load.requests_running,
+            "requests_waiting": load.requests_waiting,
+            "transfers": load.transfers,
+        }
+
+    def _detach(self, worker_id: str) -> None:
+        """Stop the client of a worker; its attempts learn of the loss at once."""
+        client = self._clients.pop(worker_id, None)
+        task = self._tasks.pop(worker_id, None)
+        if client is not None and task is not None:
+            client.lose()
+            task.cancel()
+
+
+def _candidate(client: AttachClient) -> Candidate:
+    load = client.load
+    return Candidate(
+        worker_id=client.identity.worker_id,
+        role=client.source,
+        queued_prefill_tokens=max(load.queued_prefill_tokens, client.num_uncomputed_tokens),
+        num_requests=max(load.requests_running + load.requests_waiting, client.num_live),
+        blocks_free=load.blocks_total - load.blocks_used,
+    )

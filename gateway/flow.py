@@ -1,0 +1,236 @@
+"""The life of one request, once, under both the gRPC and the HTTP skin.
+
+1. `stream` enters the request under its id, tokenises and validates it.
+2. It waits for a slot (`admission`), bounded by queue length and deadline.
+3. `run.RequestRun` has it computed, with retries, and yields deltas.
+4. However it ends, the slot is free, the id is free and one outcome is counted.
+"""
+
+import asyncio
+import itertools
+import logging
+import secrets
+from collections.abc import AsyncGenerator, Iterable, Iterator, Mapping
+from contextlib import aclosing, contextmanager
+from dataclasses import dataclass, field, replace
+
+from gateway.admission import Admission
+from gateway.fleet import Fleet
+from gateway.metrics import GatewayMetrics, RequestMeter, outcome_of
+from gateway.model import ServedModel
+from gateway.output import Delta, TextOutput
+from gateway.prompts import Messages, tokenize
+from gateway.run import Prepared, RequestRun
+from gateway.validation import ModelLimits, check_prompt, complete_sampling
+from protos.tandem.v1 import common_pb2 as pb
+from runtime.errors import AlreadyExists, Cancelled, TandemError, Unavailable
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Generation:
+    """What a client asks for, whichever way it came."""
+
+    request_id: str
+    """Unique among live requests; empty: one is drawn."""
+    prompt: str | list[int] | Messages
+    """Text, token ids, or chat messages of `role` and `content`."""
+    sampling: pb.SamplingParams
+    """As asked; unset fields take defaults."""
+    timeout_s: float
+    """Until the client's deadline."""
+    model: str | None = None
+    """Name of the model; None or empty: the served one."""
+    default_max_tokens: int | None = None
+    """For an unset max_tokens; None: what the context leaves."""
+    names: Mapping[str, str] = field(default_factory=dict)
+    """What the client calls fields of SamplingParams, where it differs."""
+    traceparent: str = ""
+    """W3C trace context; may be empty."""
+
+
+@dataclass(eq=False)
+class Live:
+    """A request between its first and its last moment here."""
+
+    number: int
+    """Names it on the attach streams."""
+    request_id: str
+    """Names it to the client."""
+    arrived_s: float
+    """On the event loop's clock."""
+    stopped: TandemError | None = None
+    """Set when it was aborted or the drain gave it up."""
+    run: RequestRun | None = None
+    """Set once it is admitted."""
+
+
+class Flow:
+    """All live requests of this gateway."""
+
+    def __init__(
+        self,
+        model: ServedModel,
+        fleet: Fleet,
+        metrics: GatewayMetrics,
+        *,
+        max_concurrent_requests: int,
+        max_waiting_requests: int,
+        request_timeout_s: float,
+        local_prefill_threshold: int,
+    ) -> None:
+        self.model = model
+        self.fleet = fleet
+        self.draining = False
+        self._metrics = metrics
+        self._admission = Admission(max_concurrent_requests, max_waiting_requests)
+        self._request_timeout_s = request_timeout_s
+        self._local_prefill_threshold = local_prefill_threshold
+        self._live: dict[str, Live] = {}
+        self._numbers = itertools.count(1)
+        self._idle = asyncio.Event()
+        self._idle.set()
+        metrics.running.set_function(lambda: self._admission.num_running)
+        metrics.waiting.set_function(lambda: self._admission.num_waiting)
+
+    @property
+    def num_live(self) -> int:
+        """Requests that have come and not ended."""
+        return len(self._live)
+
+    @property
+    def num_running(self) -> int:
+        """Requests that hold a slot."""
+        return self._admission.num_running
+
+    @property
+    def num_waiting(self) -> int:
+        """Requests that wait for a slot."""
+        return self._admission.num_waiting
+
+    @property
+    def limits(self) -> ModelLimits:
+        """The workers' limits once one is there, before that the checkpoint's."""
+        facts = self.fleet.registry.facts
+        if facts is None:
+            return self.model.limits
+        return replace(self.model.limits, max_model_len=facts.max_model_len, vocab_size=facts.vocab_size)
+
+    async def stream(self, asked: Generation) -> AsyncGenerator[Delta, None]:
+        """Deltas of one request; TandemError if it cannot be served. Close it to cancel the request."""
+        with self._entered(asked.request_id) as live:
+            request = await self._prepare(asked, live)
+            now = asyncio.get_running_loop().time
+            queued_s = now()
+            async with self._admission.slot(live.number, request.deadline - queued_s):
+                self._metrics.queue_time.observe(now() - queued_s)
+                async with aclosing(self._run(request, live)) as deltas:
+                    async for delta in deltas:
+                        yield delta
+
+    def abort(self, request_ids: Iterable[str]) -> list[str]:
+        """End live requests; returns those of the ids that were live."""
+        found = [
+            self._live[request_id] for request_id in dict.fromkeys(request_ids) if request_id in self._live
+        ]
+        for live in found:
+            self._stop(live, Cancelled("the request was aborted"))
+        return [live.request_id for live in found]
+
+    async def drain(self, timeout: float) -> None:
+        """Take nothing new, let live requests finish for `timeout` seconds, then fail them."""
+        self.draining = True
+        try:
+            async with asyncio.timeout(timeout):
+                await self._idle.wait()
+        except TimeoutError:
+            logger.warning("drain: %d requests did not finish in time", len(self._live))
+            for live in list(self._live.values()):
+                self._stop(live, _shutting_down())
+
+    def _stop(self, live: Live, error: TandemError) -> None:
+        live.stopped = error
+        self._admission.interrupt(live.number, error)
+        if live.run is not None:
+            live.run.interrupt(error)
+
+    @contextmanager
+    def _entered(self, request_id: str) -> Iterator[Live]:
+        """The request under its id; its outcome is counted at the end."""
+        error: BaseException | None = None
+        live: Live | None = None
+        try:
+            live = self._enter(request_id or secrets.token_hex(16))
+            yield live
+        except BaseException as raised:
+            error = raised
+            raise
+        finally:
+            if live is not None:
+                self._leave(live)
+            self._metrics.requests.labels(outcome_of(error or (live and live.stopped))).inc()
+
+    def _enter(self, request_id: str) -> Live:
+        if self.draining:
+            raise _shutting_down()
+        if request_id in self._live:
+            raise AlreadyExists(f"a live request has the id {request_id!r}", field="request_id")
+        live = Live(next(self._numbers), request_id, asyncio.get_running_loop().time())
+        self._live[request_id] = live
+        self._idle.clear()
+        return live
+
+    def _leave(self, live: Live) -> None:
+        del self._live[live.request_id]
+        if not self._live:
+            self._idle.set()
+
+    async def _prepare(self, asked: Generation, live: Live) -> Prepared:
+        self.model.check_name(asked.model)
+        limits = self.limits
+        prompt = asked.prompt
+        token_ids = prompt if isinstance(prompt, list) else await tokenize(self.model, prompt)
+        check_prompt(token_ids, limits)
+        sampling = complete_sampling(
+            asked.sampling,
+            limits,
+            len(token_ids),
+            lambda: secrets.randbits(63),
+            default_max_tokens=asked.default_max_tokens,
+            names=asked.names,
+        )
+        return Prepared(
+            number=live.number,
+            request_id=live.request_id,
+            prompt_token_ids=token_ids,
+            sampling=sampling,
+            deadline=live.arrived_s + min(asked.timeout_s, self._request_timeout_s),
+            traceparent=asked.traceparent,
+        )
+
+    async def _run(self, request: Prepared, live: Live) -> AsyncGenerator[Delta, None]:
+        """The admitted request; its first delta names the prompt's token ids."""
+        facts = self.fleet.registry.facts
+        eos_ids = facts.eos_token_ids if facts else ()
+        live.run = RequestRun(
+            request,
+            TextOutput(self.model.tokenizer.vocabulary, request.sampling, eos_ids),
+            self.fleet,
+            self._metrics,
+            local_prefill_threshold=self._local_prefill_threshold,
+        )
+        if live.stopped is not None:
+            live.run.interrupt(live.stopped)
+        meter = RequestMeter(self._metrics, live.arrived_s, len(request.prompt_token_ids))
+        prompt_token_ids = request.prompt_token_ids
+        async with aclosing(live.run.deltas()) as deltas:
+            async for delta in deltas:
+                meter.on_tokens(asyncio.get_running_loop().time(), len(delta.token_ids))
+                yield replace(delta, prompt_token_ids=prompt_token_ids)
+                prompt_token_ids = []
+        meter.on_end(asyncio.get_running_loop().time())
+
+
+def _shutting_down() -> Unavailable:
+    return Unavailable("the server is shutting down", retry_after_s=1.0, retryable=True)

@@ -1,0 +1,91 @@
+"""What the gateway measures itself; names follow vLLM's after the prefix."""
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+
+from runtime import errors
+from runtime.metrics import DURATION_BUCKETS, PREFIX, TOKEN_BUCKETS, TTFT_BUCKETS
+
+
+OUTCOMES: dict[str, str] = {
+    "INVALID_ARGUMENT": "invalid",
+    "CONTEXT_LENGTH_EXCEEDED": "invalid",
+    "NOT_FOUND": "invalid",
+    "ALREADY_EXISTS": "invalid",
+    "OVERLOADED": "overloaded",
+    "CANCELLED": "cancelled",
+    "UNAVAILABLE": "unavailable",
+    "DEADLINE_EXCEEDED": "deadline",
+}
+
+
+def outcome_of(error: BaseException | None) -> str:
+    """Label of tandem_requests_total: how a request ended."""
+    if error is None:
+        return "ok"
+    if isinstance(error, errors.TandemError):
+        return OUTCOMES.get(error.reason, "error")
+    # Whatever else ends a request is its task being cancelled or its stream being closed, or a bug.
+    return "error" if isinstance(error, Exception) else "cancelled"
+
+
+class GatewayMetrics:
+    """All metrics of one gateway process, in a registry of their own."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        self.time_to_first_token = self._histogram(
+            "time_to_first_token_seconds", "Request received to first token sent", TTFT_BUCKETS
+        )
+        self.inter_token_latency = self._histogram(
+            "inter_token_latency_seconds",
+            "Gap between tokens of one request; tokens that come together share it",
+            TOKEN_BUCKETS,
+        )
+        self.e2e_latency = self._histogram(
+            "e2e_request_latency_seconds", "Request received to last token sent", DURATION_BUCKETS
+        )
+        self.queue_time = self._histogram(
+            "request_queue_seconds", "Wait for admission at the gateway", TTFT_BUCKETS
+        )
+        self.prompt_tokens = self._counter("prompt_tokens", "Prompt tokens of admitted requests")
+        self.generation_tokens = self._counter("generation_tokens", "Tokens sent to clients")
+        self.requests = self._counter("requests", "Requests by how they ended", "outcome")
+        self.attempts = self._counter("request_attempts", "Attempts started on workers")
+        self.dropped_frames = self._counter("dropped_frames", "Token frames of attempts that were over")
+        self.running = self._gauge("num_requests_running", "Requests in flight at the gateway")
+        self.waiting = self._gauge("num_requests_waiting", "Requests that wait for admission at the gateway")
+
+    def _histogram(self, name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
+        return Histogram(PREFIX + name, text, buckets=buckets, registry=self.registry)
+
+    def _counter(self, name: str, text: str, *labels: str) -> Counter:
+        return Counter(PREFIX + name, text, labels, registry=self.registry)
+
+    def _gauge(self, name: str, text: str) -> Gauge:
+        return Gauge(PREFIX + name, text, registry=self.registry)
+
+
+class RequestMeter:
+    """Latencies of one request. Tokens that come together share the gap before them."""
+
+    def __init__(self, metrics: GatewayMetrics, arrived_s: float, num_prompt_tokens: int) -> None:
+        self._metrics = metrics
+        self._arrived_s = arrived_s
+        self._last_s: float | None = None
+        metrics.prompt_tokens.inc(num_prompt_tokens)
+
+    def on_tokens(self, now_s: float, num_tokens: int) -> None:
+        """Tokens were sent."""
+        if num_tokens == 0:
+            return
+        self._metrics.generation_tokens.inc(num_tokens)
+        if self._last_s is None:
+            self._metrics.time_to_first_token.observe(now_s - self._arrived_s)
+        else:
+            for _ in range(num_tokens):
+                self._metrics.inter_token_latency.observe((now_s - self._last_s) / num_tokens)
+        self._last_s = now_s
+
+    def on_end(self, now_s: float) -> None:
+        """The last token was sent."""
+        self._metrics.e2e_latency.observe(now_s - self._arrived_s)

@@ -1,0 +1,61 @@
+"""From what a client sends to the prompt's token ids, without holding up the event loop."""
+
+import asyncio
+import threading
+from collections.abc import Callable, Mapping
+
+from gateway.chat_template import MAX_RENDER_S
+from gateway.model import ServedModel
+from runtime.errors import InvalidRequest
+
+LARGE_TEXT_CHARS = 4096
+"""Longer texts are worked on in a thread: this many take about a millisecond."""
+
+Messages = tuple[Mapping[str, str], ...]
+"""Chat messages: `role` and `content`, both text."""
+
+
+async def tokenize(
+    model: ServedModel, prompt: str | Messages, *, add_special_tokens: bool = True
+) -> list[int]:
+    """Token ids of a text, or of chat messages in the model's chat template.
+
+    Raises InvalidRequest for an empty text and for messages that the template refuses.
+    """
+    if isinstance(prompt, str):
+        return await _tokenize_text(model, prompt, add_special_tokens)
+    if not prompt:
+        raise InvalidRequest("messages must not be empty", field="messages")
+    return await _tokenize_messages(model, prompt)
+
+
+async def _tokenize_text(model: ServedModel, text: str, add_special_tokens: bool) -> list[int]:
+    if not text:
+        raise InvalidRequest("prompt must not be empty", field="prompt")
+    return await _off_loop(
+        len(text), lambda: model.tokenizer.encode_text(text, add_special_tokens=add_special_tokens)
+    )
+
+
+async def _tokenize_messages(model: ServedModel, messages: Messages) -> list[int]:
+    template = model.template()
+    shield = model.tokenizer.shield()
+    protected = [{name: shield.protect(text) for name, text in message.items()} for message in messages]
+    gave_up = threading.Event()
+
+    def work() -> list[int]:
+        rendered = template.render(protected, gave_up=gave_up)
+        return model.tokenizer.encode_rendered(rendered, shield)
+
+    num_chars = sum(len(text) for message in messages for text in message.values())
+    try:
+        async with asyncio.timeout(MAX_RENDER_S):
+            return await _off_loop(num_chars + 64 * len(messages), work)
+    except TimeoutError:
+        raise InvalidRequest("the chat template takes too long", field="messages") from None
+    finally:
+        gave_up.set()
+
+
+async def _off_loop(num_chars: int, work: Callable[[], list[int]]) -> list[int]:
+    return work() if num_chars <= LARGE_TEXT_CHARS else await asyncio.to_thread(work)

@@ -1,0 +1,191 @@
+"""What a client may ask of sampling: ranges, limits, defaults. Pure.
+
+A field that changes the output is either obeyed or refused by name, never ignored.
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from protos.tandem.v1 import common_pb2 as pb
+from runtime.errors import ContextLengthExceeded, InvalidRequest
+
+MAX_STOPS = 16
+MAX_STOP_BYTES = 256
+MAX_STOP_TOKEN_IDS = 256
+MAX_LOGPROBS = 20
+MAX_LOGIT_BIAS = 300
+
+GREEDY_BELOW = 1e-4
+"""A positive temperature under this is greedy: logits divided by it would overflow."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FloatRange:
+    """A closed range of finite numbers; `low_open` excludes the lower end."""
+
+    low: float
+    high: float
+    neutral: float
+    """Taken when neither client nor checkpoint says anything."""
+    low_open: bool = False
+
+    def check(self, value: float, name: str) -> None:
+        """Raise InvalidRequest naming the field unless the value is finite and inside."""
+        too_low = value <= self.low if self.low_open else value < self.low
+        if not math.isfinite(value) or too_low or value > self.high:
+            bracket = "(" if self.low_open else "["
+            raise InvalidRequest(
+                f"{name} must be in {bracket}{self.low:g}, {self.high:g}], got {value:g}", field=name
+            )
+
+
+FLOAT_RANGES: Mapping[str, FloatRange] = {
+    "temperature": FloatRange(low=0, high=2, neutral=1),
+    "top_p": FloatRange(low=0, high=1, neutral=1, low_open=True),
+    "min_p": FloatRange(low=0, high=1, neutral=0),
+    "repetition_penalty": FloatRange(low=0, high=100, neutral=1, low_open=True),
+    "presence_penalty": FloatRange(low=-2, high=2, neutral=0),
+    "frequency_penalty": FloatRange(low=-2, high=2, neutral=0),
+}
+
+LOGIT_BIAS_RANGE = FloatRange(low=-100, high=100, neutral=0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelLimits:
+    """What the served model allows."""
+
+    max_model_len: int
+    """Prompt plus output in tokens."""
+    vocab_size: int
+    """Token ids are below this."""
+    defaults: Mapping[str, float] = field(default_factory=dict)
+    """Sampling defaults of generation_config.json, by field of SamplingParams."""
+
+
+def complete_sampling(
+    asked: pb.SamplingParams,
+    limits: ModelLimits,
+    num_prompt_tokens: int,
+    draw_seed: Callable[[], int],
+    *,
+    default_max_tokens: int | None = None,
+    names: Mapping[str, str] | None = None,
+) -> pb.SamplingParams:
+    """The sampling that workers get: every field set and in range.
+
+    `names` maps a field to the name that the client knows it by. `default_max_tokens` stands in for an
+    unset max_tokens where the API has a fixed default. Raises InvalidRequest naming the field.
+    """
+    try:
+        return _complete(asked, limits, num_prompt_tokens, draw_seed, default_max_tokens)
+    except InvalidRequest as error:
+        known_as = (names or {}).get(error.field or "")
+        if known_as is None or error.field is None:
+            raise
+        message = error.message
+        if message.startswith(error.field):
+            message = known_as + message.removeprefix(error.field)
+        raise type(error)(message, field=known_as) from None
+
+
+def _complete(
+    asked: pb.SamplingParams,
+    limits: ModelLimits,
+    num_prompt_tokens: int,
+    draw_seed: Callable[[], int],
+    default_max_tokens: int | None,
+) -> pb.SamplingParams:
+    full = pb.SamplingParams()
+    full.CopyFrom(asked)
+    full.max_tokens = _max_tokens(asked, limits, num_prompt_tokens, default_max_tokens)
+    _check_min_tokens(full)
+    for name, range_ in FLOAT_RANGES.items():
+        value = getattr(asked, name) if asked.HasField(name) else limits.defaults.get(name, range_.neutral)
+        range_.check(value, name)
+        setattr(full, name, value)
+    if full.temperature < GREEDY_BELOW:
+        full.temperature = 0.0
+    full.top_k = _top_k(asked, limits)
+    if not asked.HasField("seed"):
+        full.seed = draw_seed()
+    _check_stops(full.stop)
+    _check_token_ids(full.stop_token_ids, limits.vocab_size, "stop_token_ids", MAX_STOP_TOKEN_IDS)
+    _check_logit_bias(full.logit_bias, limits.vocab_size)
+    if full.HasField("logprobs") and full.logprobs > MAX_LOGPROBS:
+        raise InvalidRequest(
+            f"logprobs must be at most {MAX_LOGPROBS}, got {full.logprobs}", field="logprobs"
+        )
+    return full
+
+
+def _max_tokens(
+    asked: pb.SamplingParams, limits: ModelLimits, num_prompt_tokens: int, default: int | None
+) -> int:
+    left = limits.max_model_len - num_prompt_tokens
+    if left < 1:
+        raise ContextLengthExceeded(
+            f"the prompt has {num_prompt_tokens} tokens; the model's context of {limits.max_model_len} tokens "
+            "leaves no room for output",
+            field="prompt",
+        )
+    if not asked.HasField("max_tokens"):
+        return left if default is None else min(default, left)
+    if asked.max_tokens < 1:
+        raise InvalidRequest("max_tokens must be at least 1", field="max_tokens")
+    if asked.max_tokens > left:
+        raise ContextLengthExceeded(
+            f"max_tokens of {asked.max_tokens} and a prompt of {num_prompt_tokens} tokens exceed the model's "
+            f"context of {limits.max_model_len} tokens",
+            field="max_tokens",
+        )
+    return asked.max_tokens
+
+
+def _check_min_tokens(full: pb.SamplingParams) -> None:
+    if full.min_tokens > full.max_tokens:
+        raise InvalidRequest(
+            f"min_tokens must be at most max_tokens ({full.max_tokens}), got {full.min_tokens}",
+            field="min_tokens",
+        )
+
+
+def _top_k(asked: pb.SamplingParams, limits: ModelLimits) -> int:
+    top_k = asked.top_k if asked.HasField("top_k") else int(limits.defaults.get("top_k", 0))
+    if top_k < -1:
+        raise InvalidRequest(f"top_k must be -1, 0 (both: every token) or more, got {top_k}", field="top_k")
+    return min(max(top_k, 0), limits.vocab_size)
+
+
+def _check_stops(stops: Sequence[str]) -> None:
+    if len(stops) > MAX_STOPS:
+        raise InvalidRequest(f"stop: at most {MAX_STOPS} strings, got {len(stops)}", field="stop")
+    for stop in stops:
+        if not 1 <= len(stop.encode()) <= MAX_STOP_BYTES:
+            raise InvalidRequest(f"stop: a string must have 1 to {MAX_STOP_BYTES} bytes", field="stop")
+
+
+def _check_token_ids(token_ids: Sequence[int], vocab_size: int, name: str, max_ids: int) -> None:
+    if len(token_ids) > max_ids:
+        raise InvalidRequest(f"{name}: at most {max_ids} token ids, got {len(token_ids)}", field=name)
+    if token_ids and not 0 <= min(token_ids) <= max(token_ids) < vocab_size:
+        bad = next(token_id for token_id in token_ids if not 0 <= token_id < vocab_size)
+        raise InvalidRequest(
+            f"{name}: token id {bad} is outside the vocabulary (0 to {vocab_size - 1})", field=name
+        )
+
+
+def _check_logit_bias(bias: Mapping[int, float], vocab_size: int) -> None:
+    if len(bias) > MAX_LOGIT_BIAS:
+        raise InvalidRequest(f"logit_bias: at most {MAX_LOGIT_BIAS} token ids", field="logit_bias")
+    _check_token_ids(sorted(bias), vocab_size, "logit_bias", MAX_LOGIT_BIAS)
+    for value in bias.values():
+        LOGIT_BIAS_RANGE.check(value, "logit_bias")
+
+
+def check_prompt(token_ids: Sequence[int], limits: ModelLimits) -> None:
+    """A prompt that a worker can take: not empty, inside the vocabulary, shorter than the context."""
+    if not token_ids:
+        raise InvalidRequest("prompt must not be empty", field="prompt")
+    _check_token_ids(token_ids, limits.vocab_size, "prompt", len(token_ids))
