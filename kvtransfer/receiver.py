@@ -122,6 +122,8 @@ class ReceiverLink:
             self._ended.bury(transfer_id, TransferState.ABORTED)
         else:
             self._end(transfer, TransferEvent.ABORT)
+        if self.retired:
+            return []
         rejected = Rejected(transfer_id=transfer_id, code=code, reason=reason, retryable=retryable)
         return [Send(message=rejected)]
 

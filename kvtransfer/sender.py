@@ -140,7 +140,7 @@ class SenderLink:
             self._ended.bury(transfer_id, TransferState.ABORTED)
             return []
         self._end(transfer, TransferEvent.ABORT)
-        return [Send(message=Cancel(transfer_id=transfer_id, reason=reason))]
+        return [] if self.retired else [Send(message=Cancel(transfer_id=transfer_id, reason=reason))]
 
     def on_message(self, message: ReceiverMessage) -> list[SenderAction]:
         """Take a message of the receiver. Raises LinkViolation if it breaks the protocol."""
