@@ -31,9 +31,8 @@ class PrefillQueue:
     def schedule(self, budget: int, admit: Callable[[Request], bool]) -> list[Scheduled]:
         """Chunks of at most `budget` tokens in all; `admit` allocates a request's blocks or says no."""
         chunks: list[Scheduled] = []
-        for request in self._candidates(admit):
-            if budget <= 0:
-                break
+        candidates = self._candidates(admit)
+        while budget > 0 and (request := next(candidates, None)):
             chunks.append(Scheduled(request, min(budget, request.num_tokens - request.num_computed_tokens)))
             budget -= chunks[-1].query_len
         return chunks
