@@ -104,7 +104,7 @@ class AttachClient:
         return sum(self._uncomputed.values())
 
     def submit(self, submit: pb.Submit, inbox: Inbox) -> None:
-        """Start an attempt. Unavailable (retryable) without a stream, Overloaded if the worker does not read."""
+        """Start an attempt. Unavailable without a stream, Overloaded if the worker does not read."""
         if not self.connected:
             raise Unavailable(f"worker {self.identity.worker_id} is not connected", retryable=True)
         if len(self._outgoing) >= MAX_QUEUED_COMMANDS:

@@ -169,7 +169,7 @@ class Flow:
         finally:
             if live is not None:
                 self._leave(live)
-            self._metrics.requests.labels(outcome_of(error or (live and live.stopped))).inc()
+            self._metrics.requests.labels(outcome_of(error or (live.stopped if live else None))).inc()
 
     def _enter(self, request_id: str) -> Live:
         if self.draining:

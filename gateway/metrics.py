@@ -5,7 +5,6 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from runtime import errors
 from runtime.metrics import DURATION_BUCKETS, PREFIX, TOKEN_BUCKETS, TTFT_BUCKETS
 
-
 OUTCOMES: dict[str, str] = {
     "INVALID_ARGUMENT": "invalid",
     "CONTEXT_LENGTH_EXCEEDED": "invalid",

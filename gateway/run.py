@@ -170,9 +170,8 @@ class RequestRun:
 
     async def _route(self) -> Route:
         """Workers for the next attempt. A first attempt does not wait for them, a later one a little."""
-        waits_until = asyncio.get_running_loop().time() + (
-            WAIT_FOR_WORKER_S if self._progress.attempt >= 0 else 0
-        )
+        now = asyncio.get_running_loop().time
+        waits_until = now() + (WAIT_FOR_WORKER_S if self._progress.attempt >= 0 else 0)
         while True:
             route = choose(
                 self._fleet.candidates(),
@@ -182,7 +181,7 @@ class RequestRun:
             )
             if route is not None:
                 return route
-            if asyncio.get_running_loop().time() >= min(waits_until, self._request.deadline):
+            if now() >= min(waits_until, self._request.deadline):
                 raise Unavailable(self._fleet.not_ready() or "no worker", retry_after_s=1.0, retryable=True)
             await asyncio.sleep(RETRY_PAUSE_S)
 

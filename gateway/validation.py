@@ -126,7 +126,7 @@ def _max_tokens(
     left = limits.max_model_len - num_prompt_tokens
     if left < 1:
         raise ContextLengthExceeded(
-            f"the prompt has {num_prompt_tokens} tokens; the model's context of {limits.max_model_len} tokens "
+            f"the prompt has {num_prompt_tokens} tokens; the model's context of {limits.max_model_len} "
             "leaves no room for output",
             field="prompt",
         )
@@ -184,8 +184,8 @@ def _check_logit_bias(bias: Mapping[int, float], vocab_size: int) -> None:
         LOGIT_BIAS_RANGE.check(value, "logit_bias")
 
 
-def check_prompt(token_ids: Sequence[int], limits: ModelLimits) -> None:
-    """A prompt that a worker can take: not empty, inside the vocabulary, shorter than the context."""
+def check_prompt(token_ids: Sequence[int], limits: ModelLimits, name: str = "prompt") -> None:
+    """A prompt that a worker can take: not empty and inside the vocabulary. `name` is the field's."""
     if not token_ids:
-        raise InvalidRequest("prompt must not be empty", field="prompt")
-    _check_token_ids(token_ids, limits.vocab_size, "prompt", len(token_ids))
+        raise InvalidRequest(f"{name} must not be empty", field=name)
+    _check_token_ids(token_ids, limits.vocab_size, name, len(token_ids))

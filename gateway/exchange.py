@@ -1,0 +1,202 @@
+"""Reading one HTTP request and writing its answer: limits, errors, disconnects, server-sent events."""
+
+import asyncio
+import re
+import secrets
+from collections.abc import AsyncGenerator, Coroutine
+from contextlib import aclosing
+from typing import Any, TypeVar
+
+import orjson
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import Response
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from runtime.admin_http import json_response
+from runtime.errors import Cancelled, Internal, InvalidRequest, NotFound, PayloadTooLarge, TandemError
+
+T = TypeVar("T")
+
+BODY_TIMEOUT_S = 10.0
+"""A body that takes longer to arrive is refused."""
+
+SEND_TIMEOUT_S = 30.0
+"""A client that takes nothing for this long is taken for gone."""
+
+MAX_HEADER_BYTES = 32 * 1024
+
+REQUEST_ID = re.compile(r"[!-~]{1,128}")
+
+ERROR_TYPES = {400: "invalid_request_error", 404: "not_found_error", 413: "invalid_request_error"} | {
+    409: "invalid_request_error",
+    429: "rate_limit_error",
+}
+
+
+def error_body(error: TandemError) -> dict[str, Any]:
+    """OpenAI's error object; `param` is the field, `code` the machine-readable reason."""
+    code = error.reason.lower()
+    if isinstance(error, NotFound) and error.field == "model":
+        code = "model_not_found"
+    return {
+        "error": {
+            "message": error.message,
+            "type": ERROR_TYPES.get(error.http_status, "server_error"),
+            "param": error.field,
+            "code": code,
+        }
+    }
+
+
+def error_response(error: TandemError) -> Response:
+    """An error before the first byte of an answer."""
+    headers = {}
+    if error.http_status in (429, 503):
+        headers["retry-after"] = str(max(1, round(error.retry_after_s or 1.0)))
+    return json_response(error_body(error), error.http_status, headers)
+
+
+async def read_json(request: Request, max_bytes: int) -> dict[str, Any]:
+    """The body as a JSON object, refused as soon as it is too large or takes too long."""
+    declared = request.headers.get("content-length", "0")
+    if declared.isdigit() and int(declared) > max_bytes:
+        raise PayloadTooLarge(f"the body must have at most {max_bytes} bytes")
+    try:
+        async with asyncio.timeout(BODY_TIMEOUT_S):
+            raw = await _read(request, max_bytes)
+    except TimeoutError:
+        raise InvalidRequest("the body did not arrive in time") from None
+    except ClientDisconnect:
+        raise Cancelled("the client went away") from None
+    try:
+        body = orjson.loads(raw)
+    except orjson.JSONDecodeError as error:
+        raise InvalidRequest(f"the body is not valid JSON: {error}") from None
+    if not isinstance(body, dict):
+        raise InvalidRequest("the body must be a JSON object")
+    return body
+
+
+async def _read(request: Request, max_bytes: int) -> bytes:
+    raw = bytearray()
+    async for part in request.stream():
+        raw += part
+        if len(raw) > max_bytes:
+            raise PayloadTooLarge(f"the body must have at most {max_bytes} bytes")
+    return bytes(raw)
+
+
+def request_id_of(request: Request, from_body: str | None) -> str:
+    """The client's id of the request, from header or body, else a new one."""
+    given = request.headers.get("x-request-id") or from_body or ""
+    if REQUEST_ID.fullmatch(given):
+        return given
+    new: str = request.scope["tandem.request_id"]
+    return new
+
+
+def with_request_id(app: ASGIApp) -> ASGIApp:
+    """Echo X-Request-Id, or the id that was drawn, on every answer; refuse overlong headers."""
+
+    async def wrapped(scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            return await app(scope, receive, send)
+        headers = dict(scope["headers"])
+        given = headers.get(b"x-request-id", b"").decode("latin-1")
+        request_id = given if REQUEST_ID.fullmatch(given) else secrets.token_hex(16)
+        scope["tandem.request_id"] = request_id
+
+        async def send_with_id(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                message["headers"] = [*message["headers"], (b"x-request-id", request_id.encode())]
+            await send(message)
+
+        if sum(len(name) + len(value) for name, value in scope["headers"]) > MAX_HEADER_BYTES:
+            return await _too_many_headers(scope, receive, send_with_id)
+        return await app(scope, receive, send_with_id)
+
+    return wrapped
+
+
+async def _too_many_headers(scope: Scope, receive: Receive, send: Send) -> None:
+    body = {"message": "the headers are too large", "type": "invalid_request_error"}
+    response = json_response({"error": body | {"param": None, "code": None}}, 431)
+    await response(scope, receive, send)
+
+
+async def until_disconnect(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
+    """Do the work unless the client goes away first: then cancel it and raise Cancelled."""
+    task = asyncio.ensure_future(work)
+    gone = asyncio.ensure_future(_disconnected(receive))
+    try:
+        await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            raise Cancelled("the client went away")
+        return task.result()
+    finally:
+        gone.cancel()
+        task.cancel()
+        await asyncio.wait({task, gone})
+
+
+async def _disconnected(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+def sse(body: dict[str, Any]) -> bytes:
+    """One server-sent event."""
+    return b"data: " + orjson.dumps(body) + b"\n\n"
+
+
+class EventStream(Response):
+    """Server-sent events from a generator that is closed as soon as the client goes away.
+
+    The status line waits for the first event, so that an error before it is a plain error answer. A later
+    error is one `data: {"error": ...}` event and the end of the stream.
+    """
+
+    def __init__(self, events: AsyncGenerator[bytes, None]) -> None:
+        self._events = events
+        self._started = False
+        self.background = None
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send everything, or stop when the client is gone."""
+        try:
+            await until_disconnect(receive, self._send_all(scope, receive, send))
+        except Cancelled:
+            pass  # nobody is left to tell
+
+    async def _send_all(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            async with aclosing(self._events):
+                async for event in self._events:
+                    await self._send_part(send, event)
+        except TandemError as error:
+            if not self._started:
+                await error_response(error)(scope, receive, send)
+                return
+            await self._send_part(send, sse(error_body(error)))
+        except Exception:
+            if self._started:
+                await self._send_part(send, sse(error_body(Internal("internal error"))))
+            raise
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+    async def _send_part(self, send: Send, part: bytes) -> None:
+        try:
+            async with asyncio.timeout(SEND_TIMEOUT_S):
+                if not self._started:
+                    self._started = True
+                    await send({"type": "http.response.start", "status": 200, "headers": SSE_HEADERS})
+                await send({"type": "http.response.body", "body": part, "more_body": True})
+        except TimeoutError:
+            raise Cancelled("the client does not read") from None
+
+
+SSE_HEADERS = [
+    (b"content-type", b"text/event-stream; charset=utf-8"),
+    (b"cache-control", b"no-cache"),
+    (b"x-accel-buffering", b"no"),
+]

@@ -1,0 +1,162 @@
+"""Answers of the OpenAI-compatible API: one body, or the chunks of a stream.
+
+With `return_token_ids` the ids stand where vLLM puts them: `token_ids` in the choice, `prompt_token_ids` in
+the choice of a completion and at the top of a chat answer, in a stream on the first chunk only.
+"""
+
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from gateway.openai import ApiRequest
+from gateway.output import Delta
+from gateway.tokenizer import TextTokenizer
+from protos.tandem.v1 import common_pb2 as pb
+
+FINISH_REASONS = {
+    pb.FINISH_REASON_STOP: "stop",
+    pb.FINISH_REASON_LENGTH: "length",
+    pb.FINISH_REASON_ABORT: "abort",
+    pb.FINISH_REASON_ERROR: "error",
+}
+
+ID_PREFIX = {"completion": "cmpl-", "chat": "chatcmpl-"}
+
+
+def usage_json(usage: pb.Usage) -> dict[str, Any]:
+    """Token counts as OpenAI names them."""
+    return {
+        "prompt_tokens": usage.prompt_tokens,
+        "completion_tokens": usage.completion_tokens,
+        "total_tokens": usage.prompt_tokens + usage.completion_tokens,
+        "prompt_tokens_details": {"cached_tokens": usage.cached_tokens},
+    }
+
+
+class Answer:
+    """Writes the answer to one request, in either shape."""
+
+    def __init__(self, request: ApiRequest, request_id: str, model: str, tokenizer: TextTokenizer) -> None:
+        self._request = request
+        self._is_chat = request.kind == "chat"
+        self._tokenizer = tokenizer
+        self._head = {
+            "id": ID_PREFIX[request.kind] + request_id,
+            "created": int(time.time()),
+            "model": model,
+            "system_fingerprint": None,
+        }
+        self._started = False
+        self._text_offset = 0
+
+    def chunk(self, delta: Delta) -> dict[str, Any] | None:
+        """One chunk of a stream; None if there is nothing to say yet."""
+        is_first, self._started = not self._started, True
+        if not self._is_worth_sending(delta, is_first):
+            return None
+        choice = self._choice(delta)
+        if self._is_chat:
+            role = {"role": "assistant"} if is_first else {}
+            choice["delta"] = role | {"content": delta.text}
+        else:
+            choice["text"] = delta.text
+        chunk = self._body("chat.completion.chunk" if self._is_chat else "text_completion", [choice])
+        if self._request.return_token_ids and is_first:
+            (chunk if self._is_chat else choice)["prompt_token_ids"] = list(delta.prompt_token_ids)
+        if self._request.include_usage:
+            chunk["usage"] = None
+        return chunk
+
+    def usage_chunk(self, usage: pb.Usage) -> dict[str, Any]:
+        """The chunk behind the last one, with `stream_options.include_usage`."""
+        kind = "chat.completion.chunk" if self._is_chat else "text_completion"
+        return self._body(kind, []) | {"usage": usage_json(usage)}
+
+    def whole(self, delta: Delta) -> dict[str, Any]:
+        """The whole answer from all deltas joined into one."""
+        choice = self._choice(delta)
+        if self._is_chat:
+            choice["message"] = {"role": "assistant", "content": delta.text, "refusal": None}
+        else:
+            choice["text"] = delta.text
+        body = self._body("chat.completion" if self._is_chat else "text_completion", [choice])
+        if self._request.return_token_ids:
+            (body if self._is_chat else choice)["prompt_token_ids"] = list(delta.prompt_token_ids)
+        if delta.usage is not None:
+            body["usage"] = usage_json(delta.usage)
+        return body
+
+    def _is_worth_sending(self, delta: Delta, is_first: bool) -> bool:
+        wants_tokens = self._request.return_token_ids or self._request.sampling.HasField("logprobs")
+        return bool(delta.text) or is_first or delta.finish_reason is not None or wants_tokens
+
+    def _body(self, kind: str, choices: list[dict[str, Any]]) -> dict[str, Any]:
+        return self._head | {"object": kind, "choices": choices}
+
+    def _choice(self, delta: Delta) -> dict[str, Any]:
+        reason = delta.finish_reason
+        choice: dict[str, Any] = {
+            "index": delta.choice,
+            "logprobs": self._logprobs(delta),
+            "finish_reason": FINISH_REASONS[reason] if reason is not None else None,
+            "stop_reason": delta.stop_reason,
+        }
+        if self._request.return_token_ids:
+            choice["token_ids"] = list(delta.token_ids)
+        return choice
+
+    def _logprobs(self, delta: Delta) -> dict[str, Any] | None:
+        if not self._request.sampling.HasField("logprobs"):
+            return None
+        pairs = list(zip(delta.token_ids, delta.logprobs, strict=False))
+        if self._is_chat:
+            return {"content": [self._chat_logprob(*pair) for pair in pairs], "refusal": None}
+        return self._completion_logprobs(pairs)
+
+    def _chat_logprob(self, token_id: int, logprob: pb.TokenLogprob) -> dict[str, Any]:
+        top = [self._spelled(item.token_id, item.logprob) for item in logprob.top]
+        return self._spelled(token_id, logprob.logprob) | {"top_logprobs": top}
+
+    def _spelled(self, token_id: int, logprob: float) -> dict[str, Any]:
+        text, raw = self._tokenizer.token_text(token_id)
+        return {"token": text, "logprob": _json_float(logprob), "bytes": list(raw)}
+
+    def _completion_logprobs(self, pairs: Sequence[tuple[int, pb.TokenLogprob]]) -> dict[str, Any]:
+        tokens = [self._tokenizer.token_text(token_id)[0] for token_id, _ in pairs]
+        offsets = []
+        for token in tokens:
+            offsets.append(self._text_offset)
+            self._text_offset += len(token)
+        return {
+            "tokens": tokens,
+            "token_logprobs": [_json_float(logprob.logprob) for _, logprob in pairs],
+            "top_logprobs": [self._top(token_id, logprob) for token_id, logprob in pairs],
+            "text_offset": offsets,
+        }
+
+    def _top(self, token_id: int, logprob: pb.TokenLogprob) -> dict[str, float]:
+        """The likeliest tokens and the sampled one, by text."""
+        top = {
+            self._tokenizer.token_text(item.token_id)[0]: _json_float(item.logprob) for item in logprob.top
+        }
+        return {self._tokenizer.token_text(token_id)[0]: _json_float(logprob.logprob)} | top
+
+
+def _json_float(value: float) -> float:
+    """JSON has no minus infinity: OpenAI and vLLM write -9999."""
+    return max(value, -9999.0)
+
+
+def join(deltas: Sequence[Delta]) -> Delta:
+    """One delta that says what all of them say."""
+    last = deltas[-1]
+    return Delta(
+        choice=last.choice,
+        token_ids=[token_id for delta in deltas for token_id in delta.token_ids],
+        text="".join(delta.text for delta in deltas),
+        logprobs=[logprob for delta in deltas for logprob in delta.logprobs],
+        finish_reason=last.finish_reason,
+        stop_reason=last.stop_reason,
+        usage=last.usage,
+        prompt_token_ids=deltas[0].prompt_token_ids,
+    )

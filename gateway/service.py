@@ -1,0 +1,184 @@
+"""The public gRPC face, tandem.v1.InferenceService. Converts and delegates."""
+
+import secrets
+from collections.abc import AsyncIterator
+from contextlib import aclosing
+from typing import Any, TypeAlias
+
+import grpc.aio
+
+from gateway.exchange import REQUEST_ID
+from gateway.flow import Flow, Generation
+from gateway.openai_answer import join
+from gateway.output import Delta
+from gateway.prompts import Messages, tokenize
+from gateway.registry import STATES
+from gateway.validation import check_prompt
+from protos.tandem.v1 import common_pb2, inference_pb2, inference_pb2_grpc
+from runtime import rpc
+from runtime.errors import InvalidRequest
+from runtime.version import VERSION
+
+WIRE_STATES = {state: number for number, state in STATES.items()}
+
+Context: TypeAlias = grpc.aio.ServicerContext[Any, Any]
+
+
+class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
+    """Skin over one flow: the client's deadline is the request's, its cancel an abort."""
+
+    def __init__(self, flow: Flow) -> None:
+        self._flow = flow
+
+    async def Generate(
+        self, request: inference_pb2.GenerateRequest, context: Context
+    ) -> AsyncIterator[inference_pb2.GenerateResponse]:
+        """Deltas; the last one carries finish reason and usage."""
+        async with rpc.translated(context):
+            asked = _generation(request, context)
+            async with aclosing(self._flow.stream(asked)) as deltas:
+                async for delta in deltas:
+                    yield _response(asked.request_id, delta)
+
+    async def Complete(
+        self, request: inference_pb2.CompleteRequest, context: Context
+    ) -> inference_pb2.CompleteResponse:
+        """The whole completion at once."""
+        async with rpc.translated(context):
+            asked = _generation(request, context)
+            async with aclosing(self._flow.stream(asked)) as deltas:
+                whole = join([delta async for delta in deltas])
+        return inference_pb2.CompleteResponse(
+            request_id=asked.request_id,
+            model=self._flow.model.name,
+            completions=[_completion(whole)],
+            usage=whole.usage,
+        )
+
+    async def Tokenize(
+        self, request: inference_pb2.TokenizeRequest, context: Context
+    ) -> inference_pb2.TokenizeResponse:
+        """Text or messages to token ids."""
+        async with rpc.translated(context):
+            self._flow.model.check_name(request.model)
+            prompt = _prompt(request)
+            assert not isinstance(prompt, list)
+            special = request.add_special_tokens if request.HasField("add_special_tokens") else True
+            token_ids = await tokenize(self._flow.model, prompt, add_special_tokens=special)
+        max_model_len = self._flow.limits.max_model_len
+        return inference_pb2.TokenizeResponse(token_ids=token_ids, max_model_len=max_model_len)
+
+    async def Detokenize(
+        self, request: inference_pb2.DetokenizeRequest, context: Context
+    ) -> inference_pb2.DetokenizeResponse:
+        """Token ids to text; special tokens are not shown."""
+        async with rpc.translated(context):
+            self._flow.model.check_name(request.model)
+            check_prompt(request.token_ids or [0], self._flow.limits, "token_ids")
+        return inference_pb2.DetokenizeResponse(text=self._flow.model.tokenizer.decode(request.token_ids))
+
+    async def ListModels(
+        self, request: inference_pb2.ListModelsRequest, context: Context
+    ) -> inference_pb2.ListModelsResponse:
+        """The one served model."""
+        model = inference_pb2.Model(
+            id=self._flow.model.name,
+            root=str(self._flow.model.root),
+            max_model_len=self._flow.limits.max_model_len,
+        )
+        return inference_pb2.ListModelsResponse(models=[model])
+
+    async def GetServerInfo(
+        self, request: inference_pb2.GetServerInfoRequest, context: Context
+    ) -> inference_pb2.GetServerInfoResponse:
+        """Version, model and workers."""
+        fleet = self._flow.fleet
+        workers = [
+            inference_pb2.WorkerStatus(
+                identity=worker.info.identity,
+                role=worker.info.role,
+                state=WIRE_STATES[worker.state],
+                load=fleet.load(worker.worker_id),
+            )
+            for worker in fleet.registry.all()
+        ]
+        return inference_pb2.GetServerInfoResponse(
+            version=VERSION,
+            model=self._flow.model.name,
+            max_model_len=self._flow.limits.max_model_len,
+            workers=workers,
+            requests=self._flow.num_live,
+        )
+
+    async def Abort(
+        self, request: inference_pb2.AbortRequest, context: Context
+    ) -> inference_pb2.AbortResponse:
+        """End live requests; unknown ids are no error."""
+        return inference_pb2.AbortResponse(aborted=self._flow.abort(request.request_ids))
+
+
+def _generation(
+    request: inference_pb2.GenerateRequest | inference_pb2.CompleteRequest, context: Context
+) -> Generation:
+    metadata = {key: value for key, value in context.invocation_metadata() or () if isinstance(value, str)}
+    remaining_s = context.time_remaining()
+    return Generation(
+        request_id=_request_id(request.request_id or metadata.get("x-request-id", "")),
+        prompt=_prompt(request),
+        sampling=request.sampling,
+        timeout_s=float("inf") if remaining_s is None else remaining_s,
+        model=request.model,
+        traceparent=metadata.get("traceparent", "")[:256],
+    )
+
+
+def _request_id(given: str) -> str:
+    if not given:
+        return secrets.token_hex(16)
+    if not REQUEST_ID.fullmatch(given):
+        raise InvalidRequest("request_id must be 1 to 128 visible ASCII characters", field="request_id")
+    return given
+
+
+def _prompt(request: Any) -> str | list[int] | Messages:
+    match request.WhichOneof("prompt"):
+        case "text":
+            text: str = request.text
+            return text
+        case "token_ids":
+            return list(request.token_ids.ids)
+        case "messages":
+            return tuple(
+                {"role": message.role, "content": message.content} for message in request.messages.messages
+            )
+        case _:
+            raise InvalidRequest("prompt is missing", field="prompt")
+
+
+def _response(request_id: str, delta: Delta) -> inference_pb2.GenerateResponse:
+    response = inference_pb2.GenerateResponse(
+        request_id=request_id,
+        choice=delta.choice,
+        token_ids=delta.token_ids,
+        text=delta.text,
+        logprobs=delta.logprobs,
+        usage=delta.usage,
+    )
+    if delta.finish_reason is not None:
+        response.finish_reason = delta.finish_reason
+    if delta.stop_reason is not None:
+        response.stop_reason = str(delta.stop_reason)
+    return response
+
+
+def _completion(whole: Delta) -> inference_pb2.Completion:
+    completion = inference_pb2.Completion(
+        choice=whole.choice,
+        token_ids=whole.token_ids,
+        text=whole.text,
+        logprobs=whole.logprobs,
+        finish_reason=whole.finish_reason or common_pb2.FINISH_REASON_UNSPECIFIED,
+    )
+    if whole.stop_reason is not None:
+        completion.stop_reason = str(whole.stop_reason)
+    return completion
