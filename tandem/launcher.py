@@ -23,8 +23,6 @@ logger = logging.getLogger(__name__)
 ROOT = Path(__file__).resolve().parent.parent
 """Where our packages lie: a checkout, or site-packages."""
 
-DEMO_MODEL = Path(__file__).resolve().parent / "demo_model"
-
 MODULES = {"gateway": "gateway", "prefill": "prefill_svc", "decode": "decode_svc"}
 """Command name -> the module that is that process."""
 
@@ -58,7 +56,7 @@ def share(cls: type[P], settings: UpSettings, **own: Any) -> P:
 
 def located_model(name: str) -> str:
     """What children are given as --model: an absolute directory, or a hub id that is in the local cache."""
-    path = resolve(name or str(DEMO_MODEL), weights=True)
+    path = resolve(name, weights=True)
     return str(path) if not name or Path(name).expanduser().is_dir() else name
 
 

@@ -4,11 +4,12 @@ from dataclasses import replace
 
 import pytest
 
+from runtime.checkpoint_dir import bundled_model
 from runtime.config import parse
 from runtime.errors import StartupError
 from runtime.settings import GatewaySettings, UpSettings, WorkerSettings
 from tandem.fleet import Listening
-from tandem.launcher import DEMO_MODEL, child_env, fleet_plan, located_model, share
+from tandem.launcher import child_env, fleet_plan, located_model, share
 
 WHERE = Listening(http="http://127.0.0.1:81", grpc="127.0.0.1:82", internal="127.0.0.1:83,127.0.0.1:84")
 
@@ -69,7 +70,7 @@ def test_environment_of_children():
 
 
 def test_model_on_the_command_line_of_children(tmp_path, monkeypatch):
-    assert located_model("") == str(DEMO_MODEL)
+    assert located_model("") == str(bundled_model())
     monkeypatch.chdir(tmp_path)
     (tmp_path / "mine").mkdir()
     assert located_model("mine") == str(tmp_path / "mine")
