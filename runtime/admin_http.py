@@ -2,8 +2,8 @@
 
 import hmac
 import socket
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import orjson
@@ -102,6 +102,7 @@ class HttpServer(uvicorn.Server):
         }
         super().__init__(uvicorn.Config(app, **(defaults | options)))
 
-    def capture_signals(self) -> AbstractContextManager[None]:
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
         """Signals belong to runtime.lifecycle."""
-        return nullcontext()
+        yield

@@ -4,6 +4,7 @@ A settings class is the only place where a flag, its variable, its default and i
 """
 
 import os
+import re
 import sys
 import tomllib
 from pathlib import Path
@@ -103,6 +104,16 @@ def to_argv(settings: Settings) -> list[str]:
         else:
             argv.append(f"{flag}={value}")
     return argv
+
+
+def parse_bytes(text: str, flag: str) -> int:
+    """Bytes of a size like 512MiB, 8GiB, 2GB or 1048576; StartupError names the flag."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?\s*", text, re.IGNORECASE)
+    if match is None:
+        raise StartupError(f"{flag}: {text!r} is not a size like 512MiB or 8GiB")
+    number, unit, binary = match.groups()
+    base = 1024 if binary else 1000
+    return int(float(number) * base ** (" KMGT".index(unit.upper() or " ")))
 
 
 def fail(error: StartupError) -> NoReturn:

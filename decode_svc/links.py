@@ -1,0 +1,222 @@
+"""The decode worker's end of the KV links: prefill workers open them, one epoch per stream.
+
+1. Hello: the facts of both KV caches are compared; a difference refuses the link by naming the fields.
+2. Welcome, rendezvous, credits: the epoch is up. A new stream of the same sender replaces the old one.
+3. Offers are paired with Submits by the role; frames go to the engine thread, which scatters them.
+4. The end of the stream, of the transport or of the protocol retires the epoch: open transfers fail.
+
+Everything here belongs to the event loop but for `_deliver`, which the pump's thread calls.
+"""
+
+import asyncio
+import itertools
+import logging
+from collections import defaultdict
+from collections.abc import AsyncIterator
+from typing import Any, Protocol
+
+import grpc.aio
+from torch import Tensor
+
+from decode_svc.receiving import Receiving
+from engine.engine import Engine
+from kvtransfer import messages as m
+from kvtransfer.actions import (
+    IncomingFrame,
+    Offered,
+    ReceiverEvent,
+    TransferCommitted,
+    TransferFailed,
+)
+from kvtransfer.handshake import answer
+from kvtransfer.plan import choose_slab_bytes
+from kvtransfer.pump import NUM_SLABS, ReceiverPump, make_slabs
+from kvtransfer.receiver import ReceiverLink
+from kvtransfer.states import Tombstones, TransferState
+from kvtransfer.transport import Transport
+from protos.tandem.v1 import common_pb2, kvlink_pb2, kvlink_pb2_grpc
+from runtime import rpc
+from runtime.clock import SystemClock
+from runtime.errors import InvalidRequest, TandemError, Unavailable
+from runtime.limits import LINK_TIMEOUT_S
+from worker.control_stream import ControlStream, Envelope
+from worker.epoch import ByteCount, Failure, drive, offered_transports, open_transport
+from worker.link_messages import to_response
+from worker.main import WorkerParts
+
+logger = logging.getLogger(__name__)
+
+
+class Intake(Protocol):
+    """Who is told what comes over the links; on the event loop."""
+
+    receiving: Receiving
+
+    def offered(self, link: "DecodeLink", transfer_id: bytes) -> None:
+        """A sender offers a transfer."""
+        ...
+
+    def committed(self, transfer_id: bytes, commit: m.Commit) -> None:
+        """A transfer is complete."""
+        ...
+
+    def failed(self, transfer_id: bytes, error: TandemError) -> None:
+        """A transfer ended otherwise."""
+        ...
+
+
+class DecodeLinks(kvlink_pb2_grpc.KvLinkServiceServicer):
+    """All links of this worker, by the worker id of their sender."""
+
+    def __init__(self, parts: WorkerParts, intake: Intake) -> None:
+        self._parts = parts
+        self._intake = intake
+        self._links: dict[str, DecodeLink] = {}
+        self._epochs = itertools.count(1)
+        # One entry per prefill worker ever seen; they keep their ids over restarts.
+        self._ended: defaultdict[str, Tombstones] = defaultdict(Tombstones)
+
+    @property
+    def num_open(self) -> int:
+        """Links with a live epoch."""
+        return len(self._links)
+
+    def holding(self, transfer_id: bytes) -> "DecodeLink | None":
+        """The link that holds an Offer of this transfer."""
+        return next((link for link in self._links.values() if link.holds(transfer_id)), None)
+
+    async def Open(
+        self,
+        requests: AsyncIterator[kvlink_pb2.OpenRequest],
+        context: grpc.aio.ServicerContext[Any, Any],
+    ) -> AsyncIterator[kvlink_pb2.OpenResponse]:
+        """One epoch of one link."""
+        stream = ControlStream(lambda: _read(requests))
+        async with rpc.translated(context):
+            epoch = asyncio.ensure_future(self._serve(stream))
+            try:
+                async for message in stream.outgoing():
+                    yield to_response(message)
+                await epoch
+            finally:
+                epoch.cancel()
+
+    async def _serve(self, stream: ControlStream) -> None:
+        try:
+            await self._epoch(stream)
+        finally:
+            stream.end()
+
+    async def _epoch(self, stream: ControlStream) -> None:
+        async with asyncio.timeout(LINK_TIMEOUT_S):
+            hello = await stream.receive()
+        if not isinstance(hello, m.Hello) or not isinstance(hello.sender, common_pb2.WorkerIdentity):
+            raise InvalidRequest("a link begins with a hello", field="hello")
+        worker_id = hello.sender.worker_id
+        welcome = self._answer(hello)
+        stream.post(welcome)
+        transport = await open_transport(welcome.transport, 1, stream, self._parts.settings)
+        link = DecodeLink(self._parts, self._intake, stream, welcome, transport, self._ended[worker_id])
+        before = self._links.pop(worker_id, None)
+        if before is not None:
+            before.failure.tell("the sender opened a new epoch")
+        self._links[worker_id] = link
+        logger.info("link from %s is up: epoch %d over %s", worker_id, welcome.epoch, welcome.transport)
+        try:
+            await link.run()
+        except TandemError as error:
+            self._parts.metrics.links_retired.inc()
+            logger.warning("link from %s: %s", worker_id, error.message)
+        finally:
+            if self._links.get(worker_id) is link:
+                del self._links[worker_id]
+
+    def _answer(self, hello: m.Hello) -> m.Welcome:
+        facts = self._parts.facts
+        num_blocks = self._parts.engine.kv_cache.tables.num_blocks
+        return answer(
+            hello,
+            facts=facts,
+            boot_id=self._parts.identity.boot_id,
+            transports=offered_transports(self._parts.settings),
+            slab_bytes=choose_slab_bytes(facts, num_blocks),
+            num_slabs=NUM_SLABS,
+            epoch=next(self._epochs),
+        )
+
+
+class DecodeLink:
+    """One epoch of one link."""
+
+    def __init__(
+        self,
+        parts: WorkerParts,
+        intake: Intake,
+        stream: ControlStream,
+        welcome: m.Welcome,
+        transport: Transport,
+        ended: Tombstones,
+    ) -> None:
+        self._parts = parts
+        self._intake = intake
+        self._stream = stream
+        self.failure = Failure()
+        link = ReceiverLink(facts=parts.facts, welcome=welcome, clock=SystemClock(), ended=ended)
+        self._pump = ReceiverPump(
+            link,
+            transport,
+            make_slabs(welcome.num_slabs, welcome.frame_sizes[0]),
+            deliver=self._deliver,
+            post=stream.post,
+            on_event=lambda event: parts.bridge.on_loop(self._on_event, event),
+            on_failed=self.failure.tell,
+        )
+        self._moved = ByteCount(self._pump, parts.metrics.transfer_bytes)
+
+    async def run(self) -> None:
+        """Until the epoch ends."""
+        self._pump.start()
+        await drive(self._stream, self._pump, self.failure, self._moved.update)
+
+    def holds(self, transfer_id: bytes) -> bool:
+        """Whether an Offer of this transfer waits for an answer."""
+        return self._pump.state_of(transfer_id) is TransferState.OFFERED
+
+    def hold(self, transfer_id: bytes) -> None:
+        """The Submit of an offered transfer is here: its Offer waits for room, without a deadline."""
+        self._pump.hold(transfer_id)
+
+    def reserve(self, transfer_id: bytes, num_blocks: int, num_cached_tokens: int) -> None:
+        """Tell the sender that frames may come."""
+        self._pump.reserve(transfer_id, num_blocks, num_cached_tokens)
+
+    def cancel(self, transfer_id: bytes, reason: str) -> None:
+        """Give a transfer up; its sender is told."""
+        self._pump.cancel(transfer_id, reason)
+
+    def _deliver(self, frame: IncomingFrame, payload: Tensor) -> None:
+        """On the pump's thread: the engine thread scatters and gives the slab back."""
+        assert frame.transfer_id is not None
+        transfer_id = frame.transfer_id
+
+        def scatter(engine: Engine) -> None:
+            self._intake.receiving.scatter(engine, transfer_id, frame.rectangle, payload)
+            self._pump.frame_scattered(frame)
+
+        self._parts.bridge.thread.post(scatter)
+
+    def _on_event(self, event: ReceiverEvent) -> None:
+        match event:
+            case Offered():
+                self._intake.offered(self, event.transfer_id)
+            case TransferCommitted():
+                assert event.commit is not None
+                self._moved.update()
+                self._intake.committed(event.transfer_id, event.commit)
+            case TransferFailed():
+                error = Unavailable(f"KV transfer: {event.reason}", retryable=event.retryable)
+                self._intake.failed(event.transfer_id, error)
+
+
+async def _read(requests: AsyncIterator[kvlink_pb2.OpenRequest]) -> Envelope | None:
+    return await anext(requests, None)

@@ -1,0 +1,75 @@
+"""The engine thread's half of the intake: reservations in order of arrival, and scatters.
+
+That thread alone allocates and frees blocks, so a frame that is still wanted when `scatter` looks cannot
+lose its blocks before the copy ends, and a late one finds nothing.
+"""
+
+from collections import deque
+from collections.abc import Callable
+
+from torch import Tensor
+
+from engine.engine import Engine
+from engine.request import Request
+from kernels import ops
+from kvtransfer.plan import Rectangle
+from runtime.errors import TandemError
+
+
+class Receiving:
+    """Transfers between their Submit and their Commit, by transfer id; lives on the engine thread."""
+
+    def __init__(
+        self,
+        reserved: Callable[[bytes, int, int], None],
+        refused: Callable[[bytes, TandemError], None],
+    ) -> None:
+        self._reserved = reserved
+        self._refused = refused
+        # First come, first served; bounded by the attempts that gateways have open.
+        self._waiting: deque[tuple[bytes, Request]] = deque()
+        self._live: dict[bytes, Request] = {}
+
+    @property
+    def num_waiting(self) -> int:
+        """Reservations for which the pool has no room yet."""
+        return len(self._waiting)
+
+    def want(self, transfer_id: bytes, request: Request) -> None:
+        """Reserve for this request as soon as there is room."""
+        self._waiting.append((transfer_id, request))
+
+    def reserve_waiting(self, engine: Engine) -> None:
+        """Reserve for as many waiting requests as the pool admits, in order."""
+        while self._waiting:
+            transfer_id, request = self._waiting[0]
+            try:
+                if not engine.reserve(request):
+                    return
+            except TandemError as error:
+                self._refused(transfer_id, error)
+            else:
+                self._live[transfer_id] = request
+                self._reserved(transfer_id, len(request.block_tables[0]), request.num_cached_tokens)
+            self._waiting.popleft()
+
+    def scatter(self, engine: Engine, transfer_id: bytes, rectangle: Rectangle, slab: Tensor) -> None:
+        """Copy a frame into the request's blocks; a transfer that has ended leaves no trace."""
+        request = self._live.get(transfer_id)
+        if request is None:
+            return
+        first, end = rectangle.first_block, rectangle.first_block + rectangle.num_blocks
+        block_ids = request.block_tables[rectangle.group][first:end]
+        group = engine.kv_cache.groups[rectangle.group]
+        ops.scatter_blocks(group, block_ids, rectangle.first_layer, rectangle.num_layers, slab)
+
+    def take(self, transfer_id: bytes) -> Request | None:
+        """The request of a transfer that is complete; None if it was dropped meanwhile."""
+        return self._live.pop(transfer_id, None)
+
+    def drop(self, engine: Engine, transfer_id: bytes) -> None:
+        """Forget a transfer and free its blocks."""
+        self._waiting = deque(item for item in self._waiting if item[0] != transfer_id)
+        request = self._live.pop(transfer_id, None)
+        if request is not None:
+            engine.abort(request.key)

@@ -1,0 +1,164 @@
+"""The decode worker: takes KV blocks in, runs the batch, streams tokens.
+
+The life of an attempt here:
+1. Submit without a peer: the engine prefills and decodes by itself. With a peer, Submit (from the
+   gateway) and Offer (over the prefill worker's link) come in either order and are paired by the
+   transfer id; a link holds an Offer without Submit for RESERVE_TIMEOUT_S.
+2. The engine reserves blocks for the whole sequence, first come first served; while its pool is full
+   the reservation waits. Reserved goes to the prefill worker: only now may frames come.
+3. The link's pump receives a frame into a slab; the engine thread scatters it into the reserved blocks
+   if the transfer is still alive, and gives the slab back either way.
+4. Commit and every frame scattered: the engine takes the request into its batch, and token 0 is
+   repeated to the gateway.
+5. An abort, a cancel of the sender or a failed link ends it; the engine thread frees the blocks between
+   two steps.
+"""
+
+from dataclasses import dataclass
+
+import grpc.aio
+
+from decode_svc.links import DecodeLink, DecodeLinks
+from decode_svc.receiving import Receiving
+from decode_svc.service import DecodeServicer
+from engine.engine import Engine, StepResult
+from engine.request import Request, TokenLogprob
+from kvtransfer.messages import Commit
+from protos.tandem.v1 import common_pb2 as pb
+from protos.tandem.v1 import decode_pb2, decode_pb2_grpc, kvlink_pb2, kvlink_pb2_grpc
+from runtime.clock import SystemClock
+from runtime.errors import TandemError
+from worker.attach import AttemptKey
+from worker.convert import to_request
+from worker.main import WorkerParts
+
+
+@dataclass(slots=True, kw_only=True, eq=False)
+class Incoming:
+    """One attempt whose KV comes from elsewhere, until it is committed; owned by the event loop."""
+
+    key: AttemptKey
+    transfer_id: bytes
+    request: Request
+    link: DecodeLink | None = None
+    """Whose Offer it is paired with."""
+    reserved_at: float = 0.0
+    """Clock seconds."""
+
+
+class DecodeRole:
+    """Belongs to the event loop but for `between_steps` and `on_step`, which run on the engine thread."""
+
+    def __init__(self, parts: WorkerParts) -> None:
+        self._bridge = parts.bridge
+        self._metrics = parts.metrics
+        self._clock = SystemClock()
+        self._incoming: dict[bytes, Incoming] = {}
+        self._transfer_ids: dict[AttemptKey, bytes] = {}
+        self._links = DecodeLinks(parts, self)
+        self.receiving = Receiving(
+            lambda *reservation: self._bridge.on_loop(self._reserved, *reservation),
+            lambda *refusal: self._bridge.on_loop(self.failed, *refusal),
+        )
+
+    def add_services(self, server: grpc.aio.Server) -> list[str]:
+        """Attach for gateways, KvLink for prefill workers."""
+        decode_pb2_grpc.add_DecodeServiceServicer_to_server(DecodeServicer(self._bridge), server)
+        kvlink_pb2_grpc.add_KvLinkServiceServicer_to_server(self._links, server)
+        return [
+            decode_pb2.DESCRIPTOR.services_by_name["DecodeService"].full_name,
+            kvlink_pb2.DESCRIPTOR.services_by_name["KvLinkService"].full_name,
+        ]
+
+    def num_links(self) -> int:
+        """Links with a live epoch."""
+        return self._links.num_open
+
+    def num_transfers(self) -> int:
+        """Transfers that have not ended."""
+        return len(self._incoming)
+
+    async def run(self) -> None:
+        """No work of its own: links live in the calls that opened them."""
+
+    def submit(self, key: AttemptKey, submit: pb.Submit) -> None:
+        """Start an attempt, or wait for its KV."""
+        request = to_request(key, submit, prefill_only=False)
+        if not submit.HasField("peer"):
+            self._bridge.post(key, lambda engine: engine.submit(request))
+            return
+        incoming = Incoming(key=key, transfer_id=submit.transfer_id, request=request)
+        self._incoming[incoming.transfer_id] = incoming
+        self._transfer_ids[key] = incoming.transfer_id
+        link = self._links.holding(incoming.transfer_id)
+        if link is not None:
+            self._pair(incoming, link)
+
+    def offered(self, link: DecodeLink, transfer_id: bytes) -> None:
+        """A prefill worker offers a transfer; without its Submit the link holds the Offer."""
+        incoming = self._incoming.get(transfer_id)
+        if incoming is not None and incoming.link is None:
+            self._pair(incoming, link)
+
+    def _pair(self, incoming: Incoming, link: DecodeLink) -> None:
+        incoming.link = link
+        link.hold(incoming.transfer_id)
+        self._bridge.thread.post(lambda _: self.receiving.want(incoming.transfer_id, incoming.request))
+
+    def _reserved(self, transfer_id: bytes, num_blocks: int, num_cached_tokens: int) -> None:
+        incoming = self._incoming.get(transfer_id)
+        if incoming is None or incoming.link is None:
+            return
+        incoming.reserved_at = self._clock.now()
+        try:
+            incoming.link.reserve(transfer_id, num_blocks, num_cached_tokens)
+        except TandemError as error:
+            self.failed(transfer_id, error)
+
+    def abort(self, key: AttemptKey) -> None:
+        """Free everything of an attempt; a transfer's sender is told."""
+        transfer_id = self._transfer_ids.pop(key, None)
+        if transfer_id is None:
+            self._bridge.abort(key)
+            return
+        incoming = self._incoming.pop(transfer_id)
+        if incoming.link is not None:
+            incoming.link.cancel(transfer_id, "the attempt was aborted")
+        self._bridge.thread.post(lambda engine: self.receiving.drop(engine, transfer_id))
+
+    def committed(self, transfer_id: bytes, commit: Commit) -> None:
+        """Every frame lies in the pool: the engine may decode."""
+        incoming = self._incoming.pop(transfer_id, None)
+        if incoming is None:
+            return
+        del self._transfer_ids[incoming.key]
+        self._metrics.transfers.labels(self._metrics.side, "committed").inc()
+        self._metrics.transfer_seconds.observe(self._clock.now() - incoming.reserved_at)
+        self._bridge.post(incoming.key, lambda engine: self._commit(engine, transfer_id, commit))
+
+    def _commit(self, engine: Engine, transfer_id: bytes, commit: Commit) -> None:
+        request = self.receiving.take(transfer_id)
+        if request is None:
+            return
+        first = commit.first_tokens[0]
+        assert first.logprob is None or isinstance(first.logprob, TokenLogprob)
+        request.num_cached_tokens = commit.cached_tokens
+        self._bridge.publish([engine.commit(request, first.token_id, first.logprob)])
+
+    def failed(self, transfer_id: bytes, error: TandemError) -> None:
+        """A transfer ended otherwise; the gateway may try elsewhere."""
+        incoming = self._incoming.get(transfer_id)
+        if incoming is not None:
+            self._metrics.transfers.labels(self._metrics.side, "failed").inc()
+            self._bridge.hub.fail(incoming.key, error)
+
+    def between_steps(self, engine: Engine) -> None:
+        """Reserve for those who wait; keep the load for readers on other threads."""
+        self.receiving.reserve_waiting(engine)
+        self._bridge.snapshot(engine, transfers=len(self._incoming), waiting=self.receiving.num_waiting)
+
+    def on_step(self, engine: Engine, result: StepResult) -> None:
+        """All tokens of the step, in one call to the loop."""
+        self._metrics.steps.inc()
+        self._metrics.generation_tokens.inc(len(result.outputs))
+        self._bridge.publish(result.outputs)

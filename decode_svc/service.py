@@ -1,0 +1,34 @@
+"""The decode worker's gRPC face for gateways: converts and delegates."""
+
+from collections.abc import AsyncIterator
+from typing import Any
+
+import grpc.aio
+
+from protos.tandem.v1 import common_pb2, decode_pb2, decode_pb2_grpc
+from runtime import rpc
+from worker.bridge import EngineBridge
+
+
+class DecodeServicer(decode_pb2_grpc.DecodeServiceServicer):
+    """One Attach stream per gateway process."""
+
+    def __init__(self, bridge: EngineBridge) -> None:
+        self._bridge = bridge
+
+    async def Attach(
+        self,
+        requests: AsyncIterator[decode_pb2.DecodeServiceAttachRequest],
+        context: grpc.aio.ServicerContext[Any, Any],
+    ) -> AsyncIterator[decode_pb2.DecodeServiceAttachResponse]:
+        """All requests of one gateway, until either side ends the stream."""
+        async with rpc.translated(context):
+            async for event in self._bridge.hub.serve(_commands(requests)):
+                yield decode_pb2.DecodeServiceAttachResponse(event=event)
+
+
+async def _commands(
+    requests: AsyncIterator[decode_pb2.DecodeServiceAttachRequest],
+) -> AsyncIterator[common_pb2.AttachCommand]:
+    async for request in requests:
+        yield request.command

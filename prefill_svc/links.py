@@ -1,0 +1,284 @@
+"""The prefill worker's KV links: one to each decode worker that a gateway named, made on demand.
+
+The life of a link:
+1. The first transfer to a boot of a decode worker starts its task; transfers wait until it is up.
+2. The task opens the control stream, shakes hands, builds the transport: an epoch begins, and every
+   waiting transfer is offered.
+3. When the stream, the transport or the protocol fails, the epoch is retired: transfers whose Commit
+   has not left fail as retryable; the others wait for the next epoch, which repeats their Commits.
+4. With nothing left to wait for after a failure, the task ends and the link is forgotten.
+
+Everything here belongs to the event loop but for `_gather`, which the pump's thread calls.
+"""
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator
+from typing import Protocol
+
+import grpc
+import grpc.aio
+from torch import Tensor
+
+from kernels import ops
+from kvtransfer import messages as m
+from kvtransfer.actions import (
+    FrameToSend,
+    SenderEvent,
+    TransferCommitted,
+    TransferFailed,
+    TransferSent,
+)
+from kvtransfer.handshake import require_usable
+from kvtransfer.plan import MAX_SLAB_BYTES, rectangles
+from kvtransfer.pump import NUM_SENDER_SLABS, SenderPump, make_slabs
+from kvtransfer.sender import SenderLink, Unacknowledged
+from kvtransfer.states import Tombstones
+from prefill_svc.export import Export
+from protos.tandem.v1 import common_pb2, kvlink_pb2, kvlink_pb2_grpc
+from runtime import rpc
+from runtime.clock import SystemClock
+from runtime.errors import TandemError, Unavailable
+from runtime.limits import LINK_TIMEOUT_S
+from worker.attach import AttemptKey
+from worker.control_stream import ControlStream, Envelope
+from worker.epoch import ByteCount, Failure, drive, offered_transports, open_transport
+from worker.link_messages import to_request
+from worker.main import WorkerParts
+
+logger = logging.getLogger(__name__)
+
+
+class ExportOwner(Protocol):
+    """Who is told how a transfer goes; on the event loop."""
+
+    def sent(self, key: AttemptKey) -> None:
+        """All frames have left: the blocks are not read again."""
+        ...
+
+    def committed(self, key: AttemptKey) -> None:
+        """The receiver owns the KV."""
+        ...
+
+    def failed(self, key: AttemptKey, error: TandemError) -> None:
+        """The transfer ended otherwise."""
+        ...
+
+
+class PrefillLinks:
+    """All links of this worker, by the boot id of their receiver."""
+
+    def __init__(self, parts: WorkerParts, owner: ExportOwner) -> None:
+        self._parts = parts
+        self._owner = owner
+        self._links: dict[str, PrefillLink] = {}
+        self._tasks: asyncio.TaskGroup | None = None
+
+    @property
+    def num_open(self) -> int:
+        """Links with a live epoch."""
+        return sum(link.is_open for link in self._links.values())
+
+    async def run(self) -> None:
+        """Own the links' tasks until cancelled."""
+        async with asyncio.TaskGroup() as self._tasks:
+            await asyncio.get_running_loop().create_future()
+
+    def add(self, peer: common_pb2.WorkerIdentity, export: Export) -> None:
+        """Offer a transfer to this peer, over a new link if need be."""
+        link = self._links.get(peer.boot_id)
+        if link is None:
+            if self._tasks is None:
+                raise Unavailable("the worker is starting", retryable=True)
+            link = self._links[peer.boot_id] = PrefillLink(self._parts, peer, self._owner)
+            self._tasks.create_task(self._run(link, peer.boot_id))
+        link.add(export)
+
+    async def _run(self, link: "PrefillLink", boot_id: str) -> None:
+        try:
+            await link.run()
+        finally:
+            del self._links[boot_id]
+
+    def advance(self, export: Export) -> None:
+        """More blocks are computed, or the first token is there."""
+        for link in self._links.values():
+            link.advance(export)
+
+    def cancel(self, export: Export, reason: str) -> None:
+        """Give a transfer up."""
+        for link in self._links.values():
+            link.cancel(export, reason)
+
+
+class PrefillLink:
+    """The link to one boot of one decode worker, epoch after epoch."""
+
+    def __init__(self, parts: WorkerParts, peer: common_pb2.WorkerIdentity, owner: ExportOwner) -> None:
+        self._parts = parts
+        self._peer = peer
+        self._owner = owner
+        self._clock = SystemClock()
+        self._exports: dict[bytes, Export] = {}
+        self._ended = Tombstones()
+        self._unacknowledged: tuple[Unacknowledged, ...] = ()
+        self._pump: SenderPump | None = None
+        self._slab_bytes = 0
+
+    @property
+    def is_open(self) -> bool:
+        """Whether an epoch is live."""
+        return self._pump is not None
+
+    def add(self, export: Export) -> None:
+        """Offer a transfer now, or when the epoch begins."""
+        self._exports[export.transfer_id] = export
+        if self._pump is not None:
+            self._offer(self._pump, export)
+
+    def _offer(self, pump: SenderPump, export: Export) -> None:
+        try:
+            pump.offer(export.transfer_id, export.num_tokens)
+        except TandemError as error:
+            del self._exports[export.transfer_id]
+            self._owner.failed(export.key, error)
+        else:
+            self.advance(export)
+
+    def advance(self, export: Export) -> None:
+        """Hand the pump what may travel; commit after the last block."""
+        if self._pump is None or export.transfer_id not in self._exports:
+            return
+        ready = export.take()
+        if ready:
+            for group in range(len(self._parts.facts.groups)):
+                pieces = rectangles(self._parts.facts, group, ready.start, len(ready), self._slab_bytes)
+                self._pump.enqueue(export.transfer_id, pieces)
+        first = export.take_commit()
+        if first is not None:
+            self._pump.commit(export.transfer_id, (first,), export.cached_tokens)
+
+    def cancel(self, export: Export, reason: str) -> None:
+        """Give a transfer up; its receiver is told."""
+        if self._exports.pop(export.transfer_id, None) is not None and self._pump is not None:
+            self._pump.cancel(export.transfer_id, reason)
+
+    async def run(self) -> None:
+        """Epoch after epoch while a transfer needs one."""
+        while self._exports:
+            try:
+                await self._epoch()
+                error: TandemError = Unavailable("the decode worker closed the link", retryable=True)
+            except TandemError as failure:
+                error = failure
+            except grpc.aio.AioRpcError as failure:
+                error = Unavailable(f"{failure.code().name}: {failure.details()}", retryable=True)
+            except TimeoutError:
+                error = Unavailable(f"no answer within {LINK_TIMEOUT_S} s", retryable=True)
+            logger.warning("link to %s: %s", self._peer.worker_id, error.message)
+            self._parts.metrics.links_retired.inc()
+            self._fail_all_but_unacknowledged(error)
+
+    def _fail_all_but_unacknowledged(self, error: TandemError) -> None:
+        kept = {item.commit.transfer_id for item in self._unacknowledged}
+        for transfer_id in [known for known in self._exports if known not in kept]:
+            export = self._exports.pop(transfer_id)
+            self._owner.failed(export.key, Unavailable(f"KV link: {error.message}", retryable=True))
+
+    async def _epoch(self) -> None:
+        async with rpc.channel(self._peer.address) as channel:
+            stream = ControlStream(lambda: _read(call))
+            call = kvlink_pb2_grpc.KvLinkServiceStub(channel).Open(_requests(stream))
+            try:
+                await self._serve(stream)
+            finally:
+                call.cancel()
+
+    async def _serve(self, stream: ControlStream) -> None:
+        welcome = await self._shake_hands(stream)
+        transport = await open_transport(welcome.transport, 0, stream, self._parts.settings)
+        link = SenderLink(facts=self._parts.facts, welcome=welcome, clock=self._clock, ended=self._ended)
+        for action in link.adopt(self._unacknowledged):
+            stream.post(action.message)
+        failure = Failure()
+        pump = SenderPump(
+            link,
+            transport,
+            make_slabs(NUM_SENDER_SLABS, welcome.frame_sizes[0]),
+            gather=self._gather,
+            post=stream.post,
+            on_event=lambda event: self._parts.bridge.on_loop(self._on_event, event),
+            on_failed=failure.tell,
+        )
+        moved = ByteCount(pump, self._parts.metrics.transfer_bytes)
+        self._count = moved.update
+        self._begin(pump, welcome)
+        logger.info(
+            "link to %s is up: epoch %d over %s", self._peer.worker_id, welcome.epoch, welcome.transport
+        )
+        try:
+            await drive(stream, pump, failure, moved.update)
+        finally:
+            self._pump = None
+            self._unacknowledged = link.take_unacknowledged()
+
+    async def _shake_hands(self, stream: ControlStream) -> m.Welcome:
+        hello = m.Hello(
+            sender=self._parts.identity,
+            receiver_boot_id=self._peer.boot_id,
+            stage=0,
+            sender_rank=0,
+            receiver_rank=0,
+            facts=self._parts.facts,
+            transports=offered_transports(self._parts.settings),
+        )
+        stream.post(hello)
+        async with asyncio.timeout(LINK_TIMEOUT_S):
+            welcome = await stream.receive()
+        if not isinstance(welcome, m.Welcome):
+            raise Unavailable(f"expected a welcome, got {type(welcome).__name__}", retryable=True)
+        require_usable(welcome, hello, max_slab_bytes=MAX_SLAB_BYTES)
+        return welcome
+
+    def _begin(self, pump: SenderPump, welcome: m.Welcome) -> None:
+        self._slab_bytes = welcome.frame_sizes[0]
+        self._pump = pump
+        pump.start()
+        repeated = {item.commit.transfer_id for item in self._unacknowledged}
+        for export in [export for export in self._exports.values() if export.transfer_id not in repeated]:
+            self._offer(pump, export)
+
+    def _gather(self, frame: FrameToSend, slab: Tensor) -> int:
+        """On the pump's thread: copy the frame's blocks, which the engine keeps until `sent` or the end."""
+        export = self._exports.get(frame.transfer_id)
+        if export is None:
+            return 0
+        piece = frame.rectangle
+        block_ids = export.block_ids[piece.first_block : piece.first_block + piece.num_blocks]
+        group = self._parts.engine.kv_cache.groups[piece.group]
+        return ops.gather_blocks(group, block_ids, piece.first_layer, piece.num_layers, slab)
+
+    def _on_event(self, event: SenderEvent) -> None:
+        export = self._exports.get(event.transfer_id)
+        if export is None:
+            return
+        match event:
+            case TransferSent():
+                self._count()
+                self._owner.sent(export.key)
+            case TransferCommitted():
+                del self._exports[event.transfer_id]
+                self._owner.committed(export.key)
+            case TransferFailed():
+                del self._exports[event.transfer_id]
+                self._owner.failed(export.key, Unavailable(event.reason, retryable=event.retryable))
+
+
+async def _requests(stream: ControlStream) -> AsyncIterator[kvlink_pb2.OpenRequest]:
+    async for message in stream.outgoing():
+        yield to_request(message)
+
+
+async def _read(call: grpc.aio.StreamStreamCall) -> Envelope | None:
+    envelope = await call.read()
+    return None if envelope is grpc.aio.EOF else envelope

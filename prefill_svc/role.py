@@ -1,0 +1,138 @@
+"""The prefill worker: computes prompts, exports their KV blocks, samples the first token.
+
+The life of an attempt here:
+1. Submit: the engine queues the prompt; an Offer goes to the decode worker over the link to it.
+2. Each step that finishes blocks makes them free to travel (Export); the link's pump gathers and sends.
+3. The step that computes the last chunk samples token 0, which goes to the gateway at once.
+4. After the last block the link commits, and the engine's blocks are free; the acknowledgement ends the
+   attempt: handed over. If token 0 ended the request, the Commit says so and no more blocks travel.
+5. A refusal, a failed link or an abort ends it; the engine frees the blocks, the peer is told.
+"""
+
+from collections.abc import Sequence
+
+import grpc.aio
+
+from engine.engine import Engine, StepOutput, StepResult
+from engine.request import Request
+from kvtransfer.messages import FirstToken
+from prefill_svc.export import Export
+from prefill_svc.links import PrefillLinks
+from prefill_svc.service import PrefillServicer
+from protos.tandem.v1 import common_pb2 as pb
+from protos.tandem.v1 import prefill_pb2, prefill_pb2_grpc
+from runtime.errors import InvalidRequest, TandemError
+from worker.attach import AttemptKey
+from worker.convert import FINISH_REASONS, to_request
+from worker.main import WorkerParts
+
+Progress = tuple[AttemptKey, tuple[int, ...], int]
+"""An attempt, its block ids so far, and how many of its tokens are computed."""
+
+
+class PrefillRole:
+    """Belongs to the event loop but for `between_steps` and `on_step`, which run on the engine thread."""
+
+    def __init__(self, parts: WorkerParts) -> None:
+        self._bridge = parts.bridge
+        self._metrics = parts.metrics
+        self._block_size = parts.facts.block_size
+        self._exports: dict[AttemptKey, Export] = {}
+        self._links = PrefillLinks(parts, self)
+
+    def add_services(self, server: grpc.aio.Server) -> list[str]:
+        """Attach; links are opened from here, not to here."""
+        prefill_pb2_grpc.add_PrefillServiceServicer_to_server(PrefillServicer(self._bridge), server)
+        return [prefill_pb2.DESCRIPTOR.services_by_name["PrefillService"].full_name]
+
+    def num_links(self) -> int:
+        """Links with a live epoch."""
+        return self._links.num_open
+
+    def num_transfers(self) -> int:
+        """Exports that have not ended."""
+        return len(self._exports)
+
+    async def run(self) -> None:
+        """Opens and serves the links."""
+        await self._links.run()
+
+    def submit(self, key: AttemptKey, submit: pb.Submit) -> None:
+        """Start to compute, and offer the KV to the peer."""
+        if not submit.HasField("peer"):
+            raise InvalidRequest("a prefill worker needs a decode worker to send to", field="peer")
+        request = to_request(key, submit, prefill_only=True)
+        export = Export(
+            key=key,
+            transfer_id=submit.transfer_id,
+            num_tokens=request.num_tokens,
+            block_size=self._block_size,
+        )
+        self._exports[key] = export
+        self._bridge.post(key, lambda engine: engine.submit(request))
+        self._links.add(submit.peer, export)
+
+    def abort(self, key: AttemptKey) -> None:
+        """Free everything of an attempt, on both ends."""
+        export = self._exports.pop(key, None)
+        if export is not None:
+            self._links.cancel(export, "the attempt was aborted")
+        self._bridge.abort(key)
+
+    def between_steps(self, engine: Engine) -> None:
+        """Keep the load for readers on other threads."""
+        self._bridge.snapshot(engine, transfers=len(self._exports))
+
+    def on_step(self, engine: Engine, result: StepResult) -> None:
+        """First tokens to the gateways at once; then the new blocks to their links."""
+        self._metrics.steps.inc()
+        self._metrics.generation_tokens.inc(len(result.outputs))
+        self._bridge.publish(result.outputs)
+        progress = [_progress(request) for request in result.computed]
+        self._bridge.on_loop(self._advance, progress, result.outputs)
+
+    def _advance(self, progress: Sequence[Progress], outputs: Sequence[StepOutput]) -> None:
+        for output in outputs:
+            self._take_first_token(output)
+        for key, block_ids, num_computed_tokens in progress:
+            export = self._exports.get(key)
+            if export is not None:
+                export.advance(block_ids, num_computed_tokens)
+                self._links.advance(export)
+
+    def _take_first_token(self, output: StepOutput) -> None:
+        key = output.request.key
+        assert isinstance(key, AttemptKey)
+        if output.error is not None:
+            self.abort(key)
+            return
+        export = self._exports.get(key)
+        if export is not None:
+            export.first = FirstToken(
+                choice=0,
+                token_id=output.token_ids[0],
+                logprob=output.logprobs[0] if output.logprobs else None,
+                finish_reason=FINISH_REASONS[output.finish_reason] if output.finish_reason else None,
+            )
+            export.cached_tokens = output.request.num_cached_tokens
+
+    def sent(self, key: AttemptKey) -> None:
+        """The link will not read this attempt's blocks again."""
+        self._bridge.abort(key)
+
+    def committed(self, key: AttemptKey) -> None:
+        """The decode worker owns the KV now."""
+        if self._exports.pop(key, None) is not None:
+            self._metrics.transfers.labels(self._metrics.side, "committed").inc()
+            end = pb.AttemptEnd(request=key.request, attempt=key.attempt, handed_over=pb.HandedOver())
+            self._bridge.end(key, end)
+
+    def failed(self, key: AttemptKey, error: TandemError) -> None:
+        """The transfer ended otherwise; the gateway hears of it if the attempt is still wanted."""
+        self._metrics.transfers.labels(self._metrics.side, "failed").inc()
+        self._bridge.hub.fail(key, error)
+
+
+def _progress(request: Request) -> Progress:
+    assert isinstance(request.key, AttemptKey)
+    return request.key, tuple(request.block_tables[0]), request.num_computed_tokens

@@ -1,0 +1,115 @@
+"""Starts the real thing for end-to-end tests: `tandem up` with real processes on free ports."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+import httpx
+import psutil
+
+READY = re.compile(r"^ready http=(\S+) grpc=(\S+)$", re.MULTILINE)
+START_TIMEOUT_S = 90.0
+DEADLINE_S = 30.0
+
+
+def eventually(probe: Callable[[], bool], timeout_s: float = DEADLINE_S, what: str = "condition") -> float:
+    """Poll until true; returns the seconds it took."""
+    start = time.monotonic()
+    while not probe():
+        if time.monotonic() - start > timeout_s:
+            raise AssertionError(f"{what} did not hold within {timeout_s} s")
+        time.sleep(0.01)
+    return time.monotonic() - start
+
+
+class Up:
+    """One running `tandem up`."""
+
+    def __init__(self, *flags: str) -> None:
+        command = [sys.executable, "-m", "tandem", "up", "--http-port=0", "--grpc-port=0", *flags]
+        environment = os.environ | {"PYTHONUNBUFFERED": "1"}
+        self.process = subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
+        )
+        self.stdout, self.stderr = "", ""
+        self._readers = [
+            threading.Thread(target=self._read, args=(name,), daemon=True) for name in ("stdout", "stderr")
+        ]
+        for reader in self._readers:
+            reader.start()
+        eventually(self._is_up, START_TIMEOUT_S, "tandem up")
+        match = READY.search(self.stdout)
+        assert match, f"no ready line\n{self.stdout}\n{self.stderr}"
+        self.http, self.grpc = match.groups()
+        self.client = httpx.Client(base_url=self.http, timeout=60)
+
+    def _read(self, name: str) -> None:
+        for line in getattr(self.process, name):
+            setattr(self, name, getattr(self, name) + line)
+
+    def _is_up(self) -> bool:
+        return self.process.poll() is not None or READY.search(self.stdout) is not None
+
+    def state(self) -> dict[str, Any]:
+        """The gateway's /debug/state."""
+        return self.client.get("/debug/state").json()
+
+    def workers(self, role: str | None = None) -> list[dict[str, Any]]:
+        """The live workers' own /debug/state with their pids."""
+        found = []
+        for worker in self.state()["workers"]:
+            if worker["state"] != "down" and role in (None, worker["role"]):
+                own = httpx.get(f"{worker['http']}/debug/state", timeout=10).json()
+                found.append(own | {"pid": worker["pid"], "http": worker["http"]})
+        return found
+
+    def is_quiet(self) -> bool:
+        """Nothing is held anywhere: the state after the last request."""
+        if self.state()["requests"]:
+            return False
+        held = ("blocks_used", "requests_running", "requests_waiting", "transfers", "attempts")
+        return all(worker[name] == 0 for worker in self.workers() for name in held)
+
+    def metric(self, url: str, name: str) -> float:
+        """Sum of a metric's samples at one process."""
+        text = httpx.get(f"{url}/metrics", timeout=10).text
+        lines = [line for line in text.splitlines() if re.match(rf"{name}(\{{|\s)", line)]
+        return sum(float(line.rsplit(" ", 1)[1]) for line in lines)
+
+    def complete(self, prompt: Any, **fields: Any) -> dict[str, Any]:
+        """One non-streaming completion; the response's JSON."""
+        body = {"prompt": prompt, "model": self.model, "return_token_ids": True} | fields
+        response = self.client.post("/v1/completions", json=body)
+        assert response.status_code == 200, response.text
+        return response.json()
+
+    @property
+    def model(self) -> str:
+        """The served model's name."""
+        return self.client.get("/v1/models").json()["data"][0]["id"]
+
+    def stop(self) -> None:
+        """SIGTERM; everything must be gone within 30 s with exit code 0."""
+        children = psutil.Process(self.process.pid).children(recursive=True)
+        self.process.send_signal(signal.SIGTERM)
+        try:
+            code = self.process.wait(30)
+        finally:
+            self.kill()
+        assert code == 0, self.stderr
+        assert not [child for child in children if child.is_running() and child.status() != "zombie"]
+        assert "Traceback" not in self.stderr, self.stderr
+        assert "never retrieved" not in self.stderr, self.stderr
+
+    def kill(self) -> None:
+        """End the process if it is still there."""
+        if self.process.poll() is None:
+            self.process.kill()
+            self.process.wait(10)
+        self.client.close()

@@ -1,0 +1,85 @@
+"""The engine thread with a fake engine: order of commands and steps, sleep, death."""
+
+import threading
+
+import pytest
+
+from worker.engine_thread import EngineThread
+
+
+class FakeEngine:
+    def __init__(self) -> None:
+        self.work = 0
+        self.log: list[str] = []
+        self.broken = False
+
+    def has_work(self) -> bool:
+        return self.work > 0
+
+    def step(self) -> str:
+        if self.broken:
+            raise ZeroDivisionError
+        self.work -= 1
+        self.log.append("step")
+        return "result"
+
+
+class Handler:
+    def __init__(self) -> None:
+        self.results: list[object] = []
+
+    def between_steps(self, engine: FakeEngine) -> None:
+        engine.log.append("between")
+
+    def on_step(self, engine: FakeEngine, result: object) -> None:
+        self.results.append(result)
+
+
+@pytest.fixture
+def parts():
+    deaths: list[str] = []
+    died = threading.Event()
+
+    def on_death(reason: str) -> None:
+        deaths.append(reason)
+        died.set()
+
+    engine, handler = FakeEngine(), Handler()
+    thread = EngineThread(engine, handler, on_death)
+    thread.start()
+    yield engine, handler, thread, deaths, died
+    thread.stop(5)
+
+
+def settle(thread: EngineThread) -> None:
+    done = threading.Event()
+    thread.post(lambda _: done.set())
+    assert done.wait(5)
+
+
+def test_commands_run_in_order_before_the_next_step(parts) -> None:
+    engine, handler, thread, _, _ = parts
+
+    def work(count: int):
+        def command(engine: FakeEngine) -> None:
+            engine.log.append(f"command {count}")
+            engine.work += count
+
+        return command
+
+    thread.post(work(1))
+    settle(thread)
+    settle(thread)
+    assert [entry for entry in engine.log if entry != "between"] == ["command 1", "step"]
+    assert handler.results == ["result"]
+
+
+def test_an_error_in_a_step_is_the_death_of_the_worker(parts) -> None:
+    _, _, thread, deaths, died = parts
+
+    def breaks(engine: FakeEngine) -> None:
+        engine.broken, engine.work = True, 1
+
+    thread.post(breaks)
+    assert died.wait(5)
+    assert deaths == ["engine: ZeroDivisionError"]

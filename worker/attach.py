@@ -1,0 +1,193 @@
+"""The worker's end of the attach streams: one per gateway process, all requests of it inside.
+
+1. A gateway opens Attach and says hello; it gets an Attachment.
+2. Its Submit and Abort commands go to the role's AttemptHandler under an AttemptKey.
+3. What the engine thread produces comes back through `publish` and leaves as one AttachEvent per
+   engine step; a gateway that reads slowly gets fewer, larger events, never a growing queue.
+4. The end of the stream, or ATTACH_SILENCE_S without a command, aborts all of its attempts.
+
+Everything here belongs to the event loop's thread.
+"""
+
+import asyncio
+import itertools
+import logging
+from collections.abc import AsyncIterator, Callable, Iterable
+from typing import NamedTuple, Protocol
+
+from protos.tandem.v1 import common_pb2 as pb
+from runtime.errors import InvalidRequest, Mismatch, TandemError, Unavailable
+from runtime.limits import ATTACH_SILENCE_S, HEARTBEAT_INTERVAL_S
+from runtime.version import PROTOCOL_MAJOR
+from worker.convert import attempt_failed
+
+logger = logging.getLogger(__name__)
+
+
+class AttemptKey(NamedTuple):
+    """Names one attempt on this worker; the engine's request key."""
+
+    attachment: int
+    request: int
+    attempt: int
+
+
+class AttemptHandler(Protocol):
+    """What a role does with an attempt. Both methods run on the event loop."""
+
+    def submit(self, key: AttemptKey, submit: pb.Submit) -> None:
+        """Start an attempt; TandemError refuses it."""
+        ...
+
+    def abort(self, key: AttemptKey) -> None:
+        """Give an attempt up and free what it holds; unknown keys are no-ops."""
+        ...
+
+
+class TokenUpdate(NamedTuple):
+    """New tokens of one attempt and, maybe, its end."""
+
+    key: AttemptKey
+    frame: pb.TokenFrame | None
+    end: pb.AttemptEnd | None
+
+
+class Attachment:
+    """One gateway's stream: what waits to be sent, and the attempts that depend on it."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+        self.gateway_id = ""
+        self.live: set[AttemptKey] = set()
+        self._frames: dict[tuple[int, int, int], pb.TokenFrame] = {}
+        self._ends: list[pb.AttemptEnd] = []
+        self._wake = asyncio.Event()
+
+    def add(self, update: TokenUpdate) -> None:
+        """Queue an update; tokens of one choice that were not yet sent become one frame."""
+        if update.frame is not None:
+            self._merge(update.frame)
+        if update.end is not None:
+            self._ends.append(update.end)
+        self._wake.set()
+
+    def _merge(self, frame: pb.TokenFrame) -> None:
+        key = (frame.request, frame.attempt, frame.choice)
+        waiting = self._frames.get(key)
+        if waiting is None:
+            self._frames[key] = frame
+        else:
+            waiting.token_ids.extend(frame.token_ids)
+            waiting.logprobs.extend(frame.logprobs)
+
+    async def next_event(self, load: Callable[[], pb.WorkerLoad]) -> pb.AttachEvent:
+        """What has come since the last event; an event with nothing but the load after a silence."""
+        try:
+            async with asyncio.timeout(HEARTBEAT_INTERVAL_S):
+                await self._wake.wait()
+        except TimeoutError:
+            pass
+        self._wake.clear()
+        event = pb.AttachEvent(tokens=self._frames.values(), ends=self._ends, load=load())
+        self._frames, self._ends = {}, []
+        return event
+
+
+class AttachHub:
+    """All attach streams of a worker."""
+
+    def __init__(self, handler: AttemptHandler, load: Callable[[], pb.WorkerLoad]) -> None:
+        self._handler = handler
+        self._load = load
+        self._numbers = itertools.count()
+        self._attachments: dict[int, Attachment] = {}
+        self.draining = False
+
+    @property
+    def num_live(self) -> int:
+        """Attempts of all gateways."""
+        return sum(len(attachment.live) for attachment in self._attachments.values())
+
+    def publish(self, updates: Iterable[TokenUpdate]) -> None:
+        """Send updates to the gateways that wait for them; those of ended attempts are dropped."""
+        for update in updates:
+            attachment = self._attachments.get(update.key.attachment)
+            if attachment is None or update.key not in attachment.live:
+                continue
+            if update.end is not None:
+                attachment.live.discard(update.key)
+            attachment.add(update)
+
+    def fail(self, key: AttemptKey, error: TandemError) -> None:
+        """End an attempt with an error and free what it holds."""
+        self._handler.abort(key)
+        self.publish([TokenUpdate(key, None, attempt_failed(key.request, key.attempt, error))])
+
+    def fail_all(self, error: TandemError) -> None:
+        """End every attempt with an error."""
+        for attachment in self._attachments.values():
+            for key in list(attachment.live):
+                self.fail(key, error)
+
+    async def serve(self, commands: AsyncIterator[pb.AttachCommand]) -> AsyncIterator[pb.AttachEvent]:
+        """One attach stream from its first command to its end."""
+        attachment = Attachment(next(self._numbers))
+        self._attachments[attachment.number] = attachment
+        reader = asyncio.ensure_future(self._read(attachment, commands))
+        try:
+            while not reader.done():
+                yield await attachment.next_event(self._load)
+            reader.result()
+        finally:
+            reader.cancel()
+            self._end(attachment)
+
+    def _end(self, attachment: Attachment) -> None:
+        del self._attachments[attachment.number]
+        for key in attachment.live:
+            self._handler.abort(key)
+        if attachment.live:
+            logger.info("gateway %s left: %d attempts ended", attachment.gateway_id, len(attachment.live))
+
+    async def _read(self, attachment: Attachment, commands: AsyncIterator[pb.AttachCommand]) -> None:
+        try:
+            while True:
+                async with asyncio.timeout(ATTACH_SILENCE_S):
+                    command = await anext(commands, None)
+                if command is None:
+                    return
+                self._apply(attachment, command)
+        except TimeoutError:
+            logger.warning("gateway %s is silent: its attempts end", attachment.gateway_id)
+
+    def _apply(self, attachment: Attachment, command: pb.AttachCommand) -> None:
+        match command.WhichOneof("command"):
+            case "hello":
+                _check_hello(command.hello)
+                attachment.gateway_id = command.hello.gateway_id
+            case "submit":
+                self._submit(attachment, command.submit)
+            case "abort":
+                key = AttemptKey(attachment.number, command.abort.request, command.abort.attempt)
+                if key in attachment.live:
+                    attachment.live.discard(key)
+                    self._handler.abort(key)
+
+    def _submit(self, attachment: Attachment, submit: pb.Submit) -> None:
+        key = AttemptKey(attachment.number, submit.request, submit.attempt)
+        if key in attachment.live:
+            return
+        attachment.live.add(key)
+        try:
+            if self.draining:
+                raise Unavailable("the worker is draining", retryable=True)
+            if len(submit.transfer_id) != 16:
+                raise InvalidRequest("transfer_id must have 16 bytes", field="transfer_id")
+            self._handler.submit(key, submit)
+        except TandemError as error:
+            self.fail(key, error)
+
+
+def _check_hello(hello: pb.AttachHello) -> None:
+    if hello.protocol_major != PROTOCOL_MAJOR:
+        raise Mismatch(f"protocol_major: gateway {hello.protocol_major}, worker {PROTOCOL_MAJOR}")

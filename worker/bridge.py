@@ -1,0 +1,92 @@
+"""Between the event loop and the engine thread: commands one way, token updates the other."""
+
+import asyncio
+from collections.abc import Callable, Iterable
+
+from engine.engine import Engine, StepOutput
+from protos.tandem.v1 import common_pb2 as pb
+from runtime.errors import Internal, TandemError
+from worker.attach import AttachHub, AttemptKey, TokenUpdate
+from worker.convert import attempt_end, token_frame
+from worker.engine_thread import Command, EngineThread
+
+
+class EngineBridge:
+    """What a role uses to reach the engine and the gateways; the thread and the hub join it at start."""
+
+    thread: EngineThread
+    hub: AttachHub
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._loop = loop
+        self._load = pb.WorkerLoad()
+
+    def on_loop(self, function: Callable[..., None], *arguments: object) -> None:
+        """Call a function on the event loop; from any thread. After the loop's end it is a no-op."""
+        try:
+            self._loop.call_soon_threadsafe(function, *arguments)
+        except RuntimeError:
+            assert self._loop.is_closed()
+
+    def post(self, key: AttemptKey, command: Command) -> None:
+        """Run a command on the engine thread; its error ends the attempt."""
+
+        def guarded(engine: Engine) -> None:
+            try:
+                command(engine)
+            except TandemError as error:
+                self.fail(key, error)
+
+        self.thread.post(guarded)
+
+    def abort(self, key: AttemptKey) -> None:
+        """Free what the engine holds for an attempt."""
+        self.thread.post(lambda engine: _abort(engine, key))
+
+    def fail(self, key: AttemptKey, error: TandemError) -> None:
+        """End an attempt with an error; from any thread."""
+        self.on_loop(self.hub.fail, key, error)
+
+    def publish(self, outputs: Iterable[StepOutput]) -> None:
+        """Send what a step produced, all in one call to the loop; on the engine thread."""
+        updates = [self._update(output) for output in outputs]
+        if updates:
+            self.on_loop(self.hub.publish, updates)
+
+    def _update(self, output: StepOutput) -> TokenUpdate:
+        key = output.request.key
+        if not isinstance(key, AttemptKey):
+            raise Internal(f"request key {key!r}")
+        return TokenUpdate(
+            key,
+            token_frame(key.request, key.attempt, output),
+            attempt_end(key.request, key.attempt, output),
+        )
+
+    def end(self, key: AttemptKey, end: pb.AttemptEnd) -> None:
+        """End an attempt without new tokens; on the event loop."""
+        self.hub.publish([TokenUpdate(key, None, end)])
+
+    def snapshot(self, engine: Engine, *, transfers: int, waiting: int = 0) -> None:
+        """Keep the engine's load for readers on other threads; on the engine thread.
+
+        `waiting` requests are counted beside the engine's own.
+        """
+        load = engine.load()
+        self._load = pb.WorkerLoad(
+            requests_running=load.requests_running,
+            requests_waiting=load.requests_waiting + waiting,
+            queued_prefill_tokens=load.queued_prefill_tokens,
+            blocks_total=load.blocks_total,
+            blocks_used=load.blocks_used,
+            blocks_cached=load.blocks_cached,
+            transfers=transfers,
+        )
+
+    def load(self) -> pb.WorkerLoad:
+        """The last snapshot; a message that nobody changes."""
+        return self._load
+
+
+def _abort(engine: Engine, key: AttemptKey) -> None:
+    engine.abort(key)

@@ -1,0 +1,95 @@
+"""Between the wire and the engine: the only file of the workers that knows both vocabularies."""
+
+import grpc
+
+from engine.engine import StepOutput
+from engine.request import FinishReason, Request, SamplingParams, TokenLogprob
+from protos.tandem.v1 import common_pb2 as pb
+from runtime.errors import TandemError
+
+FINISH_REASONS = {
+    FinishReason.STOP: pb.FINISH_REASON_STOP,
+    FinishReason.LENGTH: pb.FINISH_REASON_LENGTH,
+    FinishReason.ABORT: pb.FINISH_REASON_ABORT,
+    FinishReason.ERROR: pb.FINISH_REASON_ERROR,
+}
+
+
+def to_sampling(params: pb.SamplingParams) -> SamplingParams:
+    """Sampling of an attempt; the gateway has filled every field."""
+    return SamplingParams(
+        max_tokens=params.max_tokens,
+        min_tokens=params.min_tokens,
+        temperature=params.temperature,
+        top_p=params.top_p,
+        top_k=max(params.top_k, 0),
+        min_p=params.min_p,
+        repetition_penalty=params.repetition_penalty,
+        presence_penalty=params.presence_penalty,
+        frequency_penalty=params.frequency_penalty,
+        seed=params.seed,
+        stop_token_ids=tuple(params.stop_token_ids),
+        ignore_eos=params.ignore_eos,
+        logit_bias=dict(params.logit_bias),
+        logprobs=params.logprobs if params.HasField("logprobs") else None,
+    )
+
+
+def to_request(key: tuple[int, ...], submit: pb.Submit, *, prefill_only: bool) -> Request:
+    """The engine's request of one attempt; emitted tokens continue the sequence."""
+    emitted = list(submit.emitted[0].token_ids) if submit.emitted else []
+    return Request(
+        key=key,
+        prompt_token_ids=list(submit.prompt_token_ids),
+        output_token_ids=emitted,
+        sampling=to_sampling(submit.sampling),
+        prefill_only=prefill_only,
+    )
+
+
+def from_logprob(logprob: TokenLogprob) -> pb.TokenLogprob:
+    """Log-probability of one token as it travels."""
+    top = [pb.TopLogprob(token_id=token, logprob=value) for token, value in logprob.top]
+    return pb.TokenLogprob(logprob=logprob.logprob, top=top)
+
+
+def to_logprob(logprob: pb.TokenLogprob) -> TokenLogprob:
+    """The reverse of `from_logprob`."""
+    return TokenLogprob(logprob.logprob, tuple((top.token_id, top.logprob) for top in logprob.top))
+
+
+def token_frame(request: int, attempt: int, output: StepOutput) -> pb.TokenFrame | None:
+    """The new tokens of a step; None if there are none."""
+    if not output.token_ids:
+        return None
+    frame = pb.TokenFrame(
+        request=request,
+        attempt=attempt,
+        start_index=output.start_index,
+        token_ids=output.token_ids,
+        logprobs=[from_logprob(item) for item in output.logprobs or ()],
+    )
+    if output.start_index == 0:
+        frame.cached_tokens = output.request.num_cached_tokens
+    return frame
+
+
+def attempt_end(request: int, attempt: int, output: StepOutput) -> pb.AttemptEnd | None:
+    """The end that a step brought; None while the attempt goes on."""
+    if output.error is not None:
+        failed = pb.AttemptFailed(code=grpc.StatusCode.INTERNAL.value[0], message=output.error)
+        return pb.AttemptEnd(request=request, attempt=attempt, failed=failed)
+    if output.finish_reason is None:
+        return None
+    finished = pb.ChoiceFinished(reason=FINISH_REASONS[output.finish_reason])
+    if output.stop_token_id is not None:
+        finished.stop_token_id = output.stop_token_id
+    return pb.AttemptEnd(request=request, attempt=attempt, finished=finished)
+
+
+def attempt_failed(request: int, attempt: int, error: TandemError) -> pb.AttemptEnd:
+    """An attempt's end by an error."""
+    failed = pb.AttemptFailed(
+        code=grpc.StatusCode[error.code].value[0], message=error.message, retryable=error.retryable
+    )
+    return pb.AttemptEnd(request=request, attempt=attempt, failed=failed)

@@ -1,0 +1,279 @@
+"""Assembles a worker process of either role.
+
+1. Load the model, size the pool, start the engine thread.
+2. Listen: gRPC for gateways and links, HTTP for metrics; then register with the gateways.
+3. Serve until a shutdown is asked for or the engine dies.
+4. Drain: refuse new attempts, finish the running ones, fail the rest as retryable, stop.
+"""
+
+import asyncio
+import logging
+import os
+import secrets
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import grpc.aio
+import torch
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+
+from engine.config import EngineConfig
+from engine.engine import Engine
+from engine.loader import load_model
+from kvtransfer.layout import KvFacts, KvGroup
+from protos.tandem.v1 import common_pb2, registry_pb2
+from runtime import admin_http, rpc
+from runtime.checkpoint_dir import bundled_model, file_hash, resolve
+from runtime.config import parse_bytes
+from runtime.errors import Unavailable
+from runtime.lifecycle import Shutdown
+from runtime.limits import DRAIN_TIMEOUT_S
+from runtime.settings import WorkerSettings
+from runtime.version import PROTOCOL_MAJOR, VERSION
+from worker.attach import AttachHub, AttemptHandler
+from worker.bridge import EngineBridge
+from worker.engine_thread import EngineThread, StepHandler
+from worker.membership import Membership
+from worker.metrics import WorkerMetrics
+
+logger = logging.getLogger(__name__)
+
+MAX_MESSAGE_BYTES = 64 * 1024 * 1024
+ROLE_NAMES = {common_pb2.WORKER_ROLE_PREFILL: "prefill", common_pb2.WORKER_ROLE_DECODE: "decode"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class WorkerParts:
+    """What a role is built from."""
+
+    settings: WorkerSettings
+    identity: common_pb2.WorkerIdentity
+    facts: KvFacts
+    engine: Engine
+    """Only its immutable parts (tensors of the pool, model facts) may be read outside its thread."""
+    bridge: EngineBridge
+    metrics: WorkerMetrics
+
+
+class Role(AttemptHandler, StepHandler, Protocol):
+    """What differs between a prefill and a decode worker."""
+
+    def add_services(self, server: grpc.aio.Server) -> list[str]:
+        """Add the role's gRPC services; returns their full names."""
+        ...
+
+    def num_links(self) -> int:
+        """KV links that are open."""
+        ...
+
+    def num_transfers(self) -> int:
+        """KV transfers that have not ended."""
+        ...
+
+    async def run(self) -> None:
+        """The role's own background work, until cancelled."""
+        ...
+
+
+RoleFactory = Callable[[WorkerParts], Role]
+
+
+async def serve(
+    kind: common_pb2.WorkerRole, factory: RoleFactory, settings: WorkerSettings, shutdown: Shutdown
+) -> None:
+    """Run one worker until `shutdown` is requested."""
+    engine, tokenizer_hash = await asyncio.to_thread(_load_engine, settings)
+    worker = Worker(kind, factory, settings, engine, tokenizer_hash, shutdown)
+    await worker.serve()
+
+
+def _load_engine(settings: WorkerSettings) -> tuple[Engine, str]:
+    torch.set_num_threads(settings.threads)
+    path = resolve(settings.model, weights=True) if settings.model else bundled_model()
+    config = EngineConfig(
+        dtype=settings.dtype,
+        max_model_len=settings.max_model_len,
+        block_size=settings.block_size,
+        kv_cache_memory_bytes=parse_bytes(settings.kv_cache_memory, "--kv-cache-memory"),
+        max_num_seqs=settings.max_num_seqs,
+        max_num_batched_tokens=settings.max_num_batched_tokens,
+    )
+    model = load_model(path, config, progress=_Progress(path))
+    return Engine(config, model), file_hash(path / "tokenizer.json")
+
+
+class _Progress:
+    """Loading, as log lines at every tenth of the bytes."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._tenth = 0
+
+    def __call__(self, done: int, total: int) -> None:
+        tenth = 10 * done // max(total, 1)
+        if tenth > self._tenth:
+            self._tenth = tenth
+            logger.info("loading %s: %d of %d MiB", self._path.name, done >> 20, total >> 20)
+
+
+class Worker:
+    """One worker process: its servers, its engine thread and its role."""
+
+    def __init__(
+        self,
+        kind: common_pb2.WorkerRole,
+        factory: RoleFactory,
+        settings: WorkerSettings,
+        engine: Engine,
+        tokenizer_hash: str,
+        shutdown: Shutdown,
+    ) -> None:
+        self._kind = kind
+        self._settings = settings
+        self._shutdown = shutdown
+        self._engine = engine
+        self._facts = kv_facts(engine, tokenizer_hash)
+        self._metrics = WorkerMetrics("sender" if kind == common_pb2.WORKER_ROLE_PREFILL else "receiver")
+        self._bridge = EngineBridge(asyncio.get_running_loop())
+        self._server = rpc.server([], max_message_bytes=MAX_MESSAGE_BYTES)
+        port = rpc.listen(self._server, settings.host, settings.port, "--port")
+        self._identity = common_pb2.WorkerIdentity(
+            worker_id=settings.worker_id or f"{ROLE_NAMES[kind]}-{secrets.token_hex(4)}",
+            boot_id=secrets.token_hex(16),
+            address=f"{settings.advertise_host or settings.host}:{port}",
+        )
+        parts = WorkerParts(
+            settings=settings, identity=self._identity, facts=self._facts, engine=engine,
+            bridge=self._bridge, metrics=self._metrics,
+        )  # fmt: skip
+        self._role = factory(parts)
+        self._bridge.hub = AttachHub(self._role, self._bridge.load)
+        self._bridge.thread = EngineThread(engine, self._role, self._on_engine_death)
+        self._metrics.watch(self._bridge.load)
+        self._health = health.aio.HealthServicer()
+
+    def _on_engine_death(self, reason: str) -> None:
+        self._bridge.on_loop(self._shutdown.request, reason, 1)
+
+    async def serve(self) -> None:
+        """From listening to the end of the drain."""
+        services = self._role.add_services(self._server)
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
+        socket = admin_http.bind(self._settings.host, self._settings.metrics_port, "--metrics-port")
+        http_port = socket.getsockname()[1]
+        http = admin_http.HttpServer(admin_http.admin_app(self._admin_routes()))
+        membership = Membership(self._info(http_port), self._settings.gateway)
+        self._bridge.snapshot(self._engine, transfers=0)
+        self._bridge.thread.start()
+        await self._server.start()
+        await self._set_health(services, health_pb2.HealthCheckResponse.SERVING)
+        logger.info("%s serves on %s", self._identity.worker_id, self._identity.address)
+        async with asyncio.TaskGroup() as tasks:
+            background = [
+                tasks.create_task(membership.run()),
+                tasks.create_task(self._role.run()),
+                tasks.create_task(http.serve(sockets=[socket])),
+            ]
+            await self._shutdown.requested.wait()
+            membership.drain()
+            await self._set_health(services, health_pb2.HealthCheckResponse.NOT_SERVING)
+            await self._drain()
+            http.should_exit = True
+            for task in background[:2]:
+                task.cancel()
+        await self._stop()
+
+    async def _set_health(self, services: list[str], status: Any) -> None:
+        for name in ["", *services]:
+            await self._health.set(name, status)
+
+    async def _drain(self) -> None:
+        """Let running attempts finish; what is left after the deadline may be tried elsewhere."""
+        hub = self._bridge.hub
+        hub.draining = True
+        if not self._shutdown.exit_code:
+            try:
+                async with asyncio.timeout(DRAIN_TIMEOUT_S):
+                    while hub.num_live or self._role.num_transfers():
+                        await asyncio.sleep(0.02)
+            except TimeoutError:
+                logger.warning("drain: %d attempts did not finish in time", hub.num_live)
+        hub.fail_all(Unavailable("the worker is shutting down", retryable=True))
+        await asyncio.sleep(0.05 if hub.num_live == 0 else 0.2)
+
+    async def _stop(self) -> None:
+        await self._server.stop(grace=0.5)
+        await asyncio.to_thread(self._bridge.thread.stop, 5.0)
+
+    def _info(self, http_port: int) -> registry_pb2.WorkerInfo:
+        facts = self._engine.facts
+        host = self._settings.advertise_host or self._settings.host
+        return registry_pb2.WorkerInfo(
+            identity=self._identity,
+            role=self._kind,
+            http=f"http://{host}:{http_port}",
+            pid=os.getpid(),
+            version=VERSION,
+            protocol_major=PROTOCOL_MAJOR,
+            model=registry_pb2.ModelFacts(
+                model_hash=facts.model_hash,
+                tokenizer_hash=self._facts.tokenizer_hash,
+                max_model_len=facts.max_model_len,
+                vocab_size=facts.vocab_size,
+                eos_token_ids=facts.eos_token_ids,
+                block_size=self._facts.block_size,
+                dtype=facts.dtype,
+            ),
+        )
+
+    def _admin_routes(self) -> list[Any]:
+        return admin_http.admin_routes(
+            self._metrics.registry, self._state, self._not_ready, self._settings.admin_key
+        )
+
+    def _not_ready(self) -> str | None:
+        return "draining" if self._shutdown.requested.is_set() else None
+
+    def _state(self) -> dict[str, Any]:
+        load = self._bridge.load()
+        return {
+            "id": self._identity.worker_id,
+            "boot_id": self._identity.boot_id,
+            "role": ROLE_NAMES[self._kind],
+            "state": "draining" if self._shutdown.requested.is_set() else "ready",
+            "blocks_used": load.blocks_used,
+            "blocks_cached": load.blocks_cached,
+            "blocks_total": load.blocks_total,
+            "requests_running": load.requests_running,
+            "requests_waiting": load.requests_waiting,
+            "attempts": self._bridge.hub.num_live,
+            "transfers": self._role.num_transfers(),
+            "links": self._role.num_links(),
+            "steps": self._bridge.thread.num_steps,
+        }
+
+
+def kv_facts(engine: Engine, tokenizer_hash: str) -> KvFacts:
+    """What both ends of a link must agree on, from the engine's own facts."""
+    facts = engine.facts
+    groups = tuple(
+        KvGroup(
+            name=group.name,
+            num_layers=group.num_layers,
+            num_kv_heads=group.num_kv_heads,
+            head_dim=group.head_dim,
+            dtype=group.dtype,
+        )
+        for group in facts.kv_groups
+    )
+    return KvFacts(
+        protocol_major=PROTOCOL_MAJOR,
+        model_hash=facts.model_hash,
+        tokenizer_hash=tokenizer_hash,
+        block_size=engine.config.block_size,
+        max_model_len=facts.max_model_len,
+        rope=facts.rope,
+        groups=groups,
+    )

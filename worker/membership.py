@@ -1,0 +1,80 @@
+"""Keeps this worker registered with its gateways: facts first, then a heartbeat each interval."""
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator
+
+import grpc
+
+from protos.tandem.v1 import common_pb2, registry_pb2, registry_pb2_grpc
+from runtime import rpc
+from runtime.limits import HEARTBEAT_INTERVAL_S
+
+logger = logging.getLogger(__name__)
+
+RECONNECT_S = (0.1, 1.0)
+"""First and longest pause between two tries to reach a gateway."""
+
+
+class Membership:
+    """What this worker says of itself; `run` says it to every gateway until cancelled."""
+
+    def __init__(self, info: registry_pb2.WorkerInfo, gateways: list[str]) -> None:
+        self._info = info
+        self._gateways = gateways
+        self._state = common_pb2.WORKER_STATE_READY
+        self._changed: set[asyncio.Event] = set()
+
+    def drain(self) -> None:
+        """Tell every gateway at once that no new work is wanted."""
+        self._state = common_pb2.WORKER_STATE_DRAINING
+        for event in self._changed:
+            event.set()
+
+    async def run(self) -> None:
+        """One registration per gateway, reopened whenever it breaks."""
+        async with asyncio.TaskGroup() as tasks:
+            for address in self._gateways:
+                tasks.create_task(self._stay_registered(address))
+
+    async def _stay_registered(self, address: str) -> None:
+        pause_s, longest_s = RECONNECT_S
+        async with rpc.channel(address) as channel:
+            while True:
+                if await self._register(channel, address):
+                    pause_s = RECONNECT_S[0]
+                await asyncio.sleep(pause_s)
+                pause_s = min(pause_s * 2, longest_s)
+
+    async def _register(self, channel: grpc.aio.Channel, address: str) -> bool:
+        """One stream to its end; True if the gateway had accepted this worker."""
+        accepted = False
+        changed = asyncio.Event()
+        self._changed.add(changed)
+        call = registry_pb2_grpc.RegistryServiceStub(channel).Register(self._messages(changed))
+        try:
+            async for response in call:
+                if response.HasField("registered") and not accepted:
+                    accepted = True
+                    logger.info("registered with gateway %s at %s", response.registered.gateway_id, address)
+        except grpc.aio.AioRpcError as error:
+            level = logging.ERROR if error.code() == grpc.StatusCode.FAILED_PRECONDITION else logging.INFO
+            logger.log(level, "gateway %s: %s %s", address, error.code().name, error.details())
+        finally:
+            self._changed.discard(changed)
+            call.cancel()
+        return accepted
+
+    async def _messages(self, changed: asyncio.Event) -> AsyncIterator[registry_pb2.RegisterRequest]:
+        yield registry_pb2.RegisterRequest(info=self._info)
+        sequence = 0
+        while True:
+            heartbeat = registry_pb2.Heartbeat(sequence=sequence, state=self._state)
+            yield registry_pb2.RegisterRequest(heartbeat=heartbeat)
+            sequence += 1
+            try:
+                async with asyncio.timeout(HEARTBEAT_INTERVAL_S):
+                    await changed.wait()
+                changed.clear()
+            except TimeoutError:
+                pass
