@@ -53,6 +53,8 @@ def error_response(error: TandemError) -> Response:
     headers = {}
     if error.http_status in (429, 503):
         headers["retry-after"] = str(max(1, round(error.retry_after_s or 1.0)))
+    if isinstance(error, PayloadTooLarge):
+        headers["connection"] = "close"  # the rest of the body is not read
     return json_response(error_body(error), error.http_status, headers)
 
 

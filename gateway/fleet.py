@@ -61,7 +61,7 @@ class Fleet:
             logger.info("worker %s left", registration.worker_id)
             self._detach(registration.worker_id)
 
-    def heartbeat(self, registration: Registration, state: int) -> bool:
+    def heartbeat(self, registration: Registration, state: common_pb2.WorkerState) -> bool:
         """The worker lives; False if it must register again."""
         alive = self.registry.heartbeat(registration, state)
         if alive and registration.state is State.DOWN:

@@ -30,7 +30,7 @@ class State(enum.Enum):
     DOWN = "down"
 
 
-STATES = {
+STATES: dict[common_pb2.WorkerState, State] = {
     common_pb2.WORKER_STATE_STARTING: State.STARTING,
     common_pb2.WORKER_STATE_READY: State.READY,
     common_pb2.WORKER_STATE_DRAINING: State.DRAINING,
@@ -69,12 +69,12 @@ class Registry:
         self._workers[info.identity.worker_id] = registration
         return registration
 
-    def heartbeat(self, registration: Registration, state: int) -> bool:
+    def heartbeat(self, registration: Registration, state: common_pb2.WorkerState) -> bool:
         """The worker lives; False if this registration has lapsed and the worker must register again."""
         if not self._is_current(registration):
             return False
         registration.heard_s = self._clock.now()
-        registration.state = STATES.get(common_pb2.WorkerState(state), State.STARTING)
+        registration.state = STATES.get(state, State.STARTING)
         if registration.state is State.DOWN:
             self._down(registration)
         return True
