@@ -10,7 +10,7 @@ ARGS ?=
 # A thread for each of several test processes costs more than it gives on few cores.
 TEST_ENV := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive GOMP_SPINCOUNT=0
 SOURCES := protos gateway prefill_svc decode_svc worker engine kvtransfer kernels runtime tandem
-ALL := $(SOURCES) tests tools benchmarks
+ALL := $(SOURCES) tests tools $(wildcard benchmarks)
 
 .PHONY: serve test test-long check protos bench clean
 

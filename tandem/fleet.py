@@ -86,17 +86,23 @@ class Member:
         self.death: str | None = None
         """Why the last child ended."""
         self.stopping = False
+        self.ended = asyncio.Event()
+        """Clear while there is a child, or one is being started."""
+        self.ended.set()
 
     async def run_once(self, env: Mapping[str, str], on_stdout: Callable[[str], None]) -> None:
         """Start a child and stay until it has ended."""
         self.policy.started()
-        self.child = await Child.start(self.command(), env)
-        if self.stopping:  # asked for while the child was being started
-            self.child.terminate()
-        code = await self.child.run(on_stdout)
-        end = f"was killed by signal {-code}" if code < 0 else f"exited with code {code}"
-        self.death = self.child.error or f"{self.name} {end}"
-        self.child = None
+        self.ended.clear()
+        try:
+            self.child = await Child.start(self.command(), env)
+            if self.stopping:  # asked for while the child was being started
+                self.child.terminate()
+            code = await self.child.run(on_stdout)
+            end = f"was killed by signal {-code}" if code < 0 else f"exited with code {code}"
+            self.death = self.child.error or f"{self.name} {end}"
+        finally:
+            self.ended.set()
 
     def stop(self) -> None:
         """Ask the child to drain and end; no other one is started."""
@@ -240,22 +246,19 @@ class Fleet:
                 self._gateway.stop()
                 try:
                     async with asyncio.timeout(GATEWAY_STOP_S):
-                        await _ended([self._gateway])
+                        await self._gateway.ended.wait()
                 except TimeoutError:
                     logger.warning("the gateway has not drained in %.0f s", GATEWAY_STOP_S)
                 for worker in self._workers:
                     worker.stop()
-                await _ended(self.members)
+                for worker in self._workers:
+                    await worker.ended.wait()
+                await self._gateway.ended.wait()
         except TimeoutError:
-            left = [member.name for member in self.members if member.child is not None]
+            left = [member.name for member in self.members if not member.ended.is_set()]
             logger.warning("killing what has not stopped: %s", ", ".join(left))
         finally:
             self.kill()
-
-
-async def _ended(members: Sequence[Member]) -> None:
-    while any(member.child is not None for member in members):
-        await asyncio.sleep(POLL_S / 2)
 
 
 async def _set_within(event: asyncio.Event, seconds: float) -> bool:
