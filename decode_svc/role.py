@@ -155,7 +155,7 @@ class DecodeRole:
     def between_steps(self, engine: Engine) -> None:
         """Reserve for those who wait; keep the load for readers on other threads."""
         self.receiving.reserve_waiting(engine)
-        self._bridge.snapshot(engine, transfers=len(self._incoming), waiting=self.receiving.num_waiting)
+        self._bridge.snapshot(engine, waiting=self.receiving.num_waiting)
 
     def on_step(self, engine: Engine, result: StepResult) -> None:
         """All tokens of the step, in one call to the loop."""

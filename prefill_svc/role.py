@@ -81,7 +81,7 @@ class PrefillRole:
 
     def between_steps(self, engine: Engine) -> None:
         """Keep the load for readers on other threads."""
-        self._bridge.snapshot(engine, transfers=len(self._exports))
+        self._bridge.snapshot(engine)
 
     def on_step(self, engine: Engine, result: StepResult) -> None:
         """First tokens to the gateways at once; then the new blocks to their links."""

@@ -67,7 +67,7 @@ class EngineBridge:
         """End an attempt without new tokens; on the event loop."""
         self.hub.publish([TokenUpdate(key, None, end)])
 
-    def snapshot(self, engine: Engine, *, transfers: int, waiting: int = 0) -> None:
+    def snapshot(self, engine: Engine, *, waiting: int = 0) -> None:
         """Keep the engine's load for readers on other threads; on the engine thread.
 
         `waiting` requests are counted beside the engine's own.
@@ -80,7 +80,6 @@ class EngineBridge:
             blocks_total=load.blocks_total,
             blocks_used=load.blocks_used,
             blocks_cached=load.blocks_cached,
-            transfers=transfers,
         )
 
     def load(self) -> pb.WorkerLoad:

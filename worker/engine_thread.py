@@ -1,7 +1,8 @@
 """The one thread that owns the engine.
 
 1. Others hand it commands (`post`): functions of the engine, run between steps in order of arrival.
-2. After the commands it runs `between_steps`, then one engine step, then `on_step` with its result.
+2. After the commands it runs one engine step and `on_step` with its result; `between_steps` comes after
+   the commands and again after the step, so that nothing waits for a command to be noticed.
 3. With no work and no command it sleeps until a command comes.
 4. Whatever escapes from a step ends the process: an engine in an unknown state serves nobody.
 """
@@ -23,7 +24,7 @@ class StepHandler(Protocol):
     """A role's part of the loop; both methods run on the engine thread."""
 
     def between_steps(self, engine: Engine) -> None:
-        """Called before every step, after the commands."""
+        """Called whenever commands or a step may have changed the engine."""
         ...
 
     def on_step(self, engine: Engine, result: StepResult) -> None:
@@ -74,6 +75,7 @@ class EngineThread:
             result = self._engine.step()
             self.num_steps += 1
             self._handler.on_step(self._engine, result)
+            self._handler.between_steps(self._engine)
 
     def _apply(self, *, block: bool) -> None:
         try:

@@ -149,7 +149,7 @@ class Worker:
             bridge=self._bridge, metrics=self._metrics,
         )  # fmt: skip
         self._role = factory(parts)
-        self._bridge.hub = AttachHub(self._role, self._bridge.load)
+        self._bridge.hub = AttachHub(self._role, self._load)
         self._bridge.thread = EngineThread(engine, self._role, self._on_engine_death)
         self._metrics.watch(self._bridge.load)
         self._health = health.aio.HealthServicer()
@@ -165,7 +165,7 @@ class Worker:
         http_port = socket.getsockname()[1]
         http = admin_http.HttpServer(admin_http.admin_app(self._admin_routes()))
         membership = Membership(self._info(http_port), self._settings.gateway)
-        self._bridge.snapshot(self._engine, transfers=0)
+        self._bridge.snapshot(self._engine)
         self._bridge.thread.start()
         await self._server.start()
         await self._set_health(services, health_pb2.HealthCheckResponse.SERVING)
@@ -236,8 +236,13 @@ class Worker:
     def _not_ready(self) -> str | None:
         return "draining" if self._shutdown.requested.is_set() else None
 
+    def _load(self) -> common_pb2.WorkerLoad:
+        load = common_pb2.WorkerLoad(transfers=self._role.num_transfers())
+        load.MergeFrom(self._bridge.load())
+        return load
+
     def _state(self) -> dict[str, Any]:
-        load = self._bridge.load()
+        load = self._load()
         return {
             "id": self._identity.worker_id,
             "boot_id": self._identity.boot_id,
@@ -249,7 +254,7 @@ class Worker:
             "requests_running": load.requests_running,
             "requests_waiting": load.requests_waiting,
             "attempts": self._bridge.hub.num_live,
-            "transfers": self._role.num_transfers(),
+            "transfers": load.transfers,
             "links": self._role.num_links(),
             "steps": self._bridge.thread.num_steps,
         }

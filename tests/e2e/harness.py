@@ -113,3 +113,6 @@ class Up:
             self.process.kill()
             self.process.wait(10)
         self.client.close()
+        for reader, name in zip(self._readers, ("stdout", "stderr"), strict=True):
+            reader.join(10)
+            getattr(self.process, name).close()
