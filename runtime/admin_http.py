@@ -75,7 +75,8 @@ def admin_app(routes: list[Route]) -> Starlette:
 def bind(host: str, port: int, flag: str) -> socket.socket:
     """A listening-ready TCP socket; StartupError names the flag when the address is taken."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    sock = socket.socket(family, socket.SOCK_STREAM)
+    # The protocol is named because asyncio sets TCP_NODELAY only where it is.
+    sock = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         sock.bind((host, port))
