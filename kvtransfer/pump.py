@@ -327,6 +327,11 @@ class ReceiverPump(_Pump[ReceiverAction]):
             self._post(reserved)
             return reserved
 
+    def hold(self, transfer_id: bytes) -> None:
+        """ReceiverLink.hold."""
+        with self.lock:
+            self.link.hold(transfer_id)
+
     def reject(self, transfer_id: bytes, code: int, reason: str, retryable: bool) -> None:
         """ReceiverLink.reject, sent."""
         with self._acting() as actions:

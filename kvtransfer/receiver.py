@@ -115,6 +115,12 @@ class ReceiverLink:
         transfer.expect_blocks(self._facts)
         return transfer.reserved()
 
+    def hold(self, transfer_id: bytes) -> None:
+        """The service knows this transfer and reserves when it has room: its Offer no longer expires."""
+        transfer = self._transfers.get(transfer_id)
+        if transfer is not None:
+            transfer.deadline_s = None
+
     def reject(self, transfer_id: bytes, code: int, reason: str, retryable: bool) -> list[ReceiverAction]:
         """Refuse a transfer, offered or not yet; `code` is a google.rpc.Code."""
         transfer = self._transfers.get(transfer_id)
@@ -128,15 +134,14 @@ class ReceiverLink:
         return [Send(message=rejected)]
 
     def cancel(self, transfer_id: bytes, reason: str = "cancelled by the receiver") -> list[ReceiverAction]:
-        """Give a transfer up: from now on `may_scatter` is False for all its frames."""
+        """Give a transfer up: from now on `may_scatter` is False for all its frames. No-op if it ended."""
         transfer = self._transfers.get(transfer_id)
-        if transfer is None:
-            self._ended.bury(transfer_id, TransferState.ABORTED)
-        else:
+        if transfer is not None:
             self._end(transfer, TransferEvent.ABORT)
-        if self.retired or self._ended.end_of(transfer_id) is TransferState.COMMITTED:
+        elif transfer_id in self._ended:
             return []
-        return [Send(message=Cancel(transfer_id=transfer_id, reason=reason))]
+        self._ended.bury(transfer_id, TransferState.ABORTED)
+        return [] if self.retired else [Send(message=Cancel(transfer_id=transfer_id, reason=reason))]
 
     def on_message(self, message: SenderMessage) -> list[ReceiverAction]:
         """Take a message of the sender. Raises LinkViolation if it breaks the protocol."""

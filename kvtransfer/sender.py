@@ -134,12 +134,13 @@ class SenderLink:
         return self._commit_if_sent(transfer)
 
     def cancel(self, transfer_id: bytes, reason: str = "cancelled by the sender") -> list[SenderAction]:
-        """Give a transfer up. An id not yet offered can no longer be offered; an ended one stays as it is."""
+        """Give a transfer up; the receiver hears of it even if it was not offered. No-op if it ended."""
         transfer = self._transfers.get(transfer_id)
-        if transfer is None:
-            self._ended.bury(transfer_id, TransferState.ABORTED)
+        if transfer is not None:
+            self._end(transfer, TransferEvent.ABORT)
+        elif transfer_id in self._ended:
             return []
-        self._end(transfer, TransferEvent.ABORT)
+        self._ended.bury(transfer_id, TransferState.ABORTED)
         return [] if self.retired else [Send(message=Cancel(transfer_id=transfer_id, reason=reason))]
 
     def on_message(self, message: ReceiverMessage) -> list[SenderAction]:
@@ -233,9 +234,9 @@ class SenderLink:
             if t.commit is not None and t.deadline_s is not None
         )
 
-    def adopt(self, unacknowledged: Iterable[Unacknowledged]) -> list[SenderAction]:
+    def adopt(self, unacknowledged: Iterable[Unacknowledged]) -> list[Send]:
         """Repeat the Commits of the epoch before; their deadlines go on."""
-        actions: list[SenderAction] = []
+        actions: list[Send] = []
         for item in unacknowledged:
             transfer = Outgoing(item.commit.transfer_id, 0, item.deadline_s)
             transfer.machine.apply(TransferEvent.RESERVE)

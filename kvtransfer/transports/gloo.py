@@ -168,7 +168,7 @@ class _Builder(threading.Thread):
         self._rank = rank
         self._timeout_s = timeout_s
         # torch's stubs know neither the options nor the constructor that takes them.
-        self._gloo = cast(Any, ProcessGroupGloo)
+        self._gloo = cast("Any", ProcessGroupGloo)
         self._options = self._gloo._Options()
         self._options._devices = [device]
         self._options._timeout = timedelta(seconds=timeout_s)
