@@ -80,10 +80,10 @@ class Attachment:
             waiting.token_ids.extend(frame.token_ids)
             waiting.logprobs.extend(frame.logprobs)
 
-    async def next_event(self, load: Callable[[], pb.WorkerLoad]) -> pb.AttachEvent:
-        """What has come since the last event; an event with nothing but the load after a silence."""
+    async def next_event(self, load: Callable[[], pb.WorkerLoad], silence_s: float) -> pb.AttachEvent:
+        """What has come since the last event; after `silence_s` an event with nothing but the load."""
         try:
-            async with asyncio.timeout(HEARTBEAT_INTERVAL_S):
+            async with asyncio.timeout(silence_s):
                 await self._wake.wait()
         except TimeoutError:
             pass
@@ -96,9 +96,15 @@ class Attachment:
 class AttachHub:
     """All attach streams of a worker."""
 
-    def __init__(self, handler: AttemptHandler, load: Callable[[], pb.WorkerLoad]) -> None:
+    def __init__(
+        self,
+        handler: AttemptHandler,
+        load: Callable[[], pb.WorkerLoad],
+        heartbeat_s: float = HEARTBEAT_INTERVAL_S,
+    ) -> None:
         self._handler = handler
         self._load = load
+        self._heartbeat_s = heartbeat_s
         self._numbers = itertools.count()
         self._attachments: dict[int, Attachment] = {}
         self.draining = False
@@ -136,7 +142,7 @@ class AttachHub:
         reader = asyncio.ensure_future(self._read(attachment, commands))
         try:
             while not reader.done():
-                yield await attachment.next_event(self._load)
+                yield await attachment.next_event(self._load, self._heartbeat_s)
             reader.result()
         finally:
             reader.cancel()

@@ -65,7 +65,7 @@ class Up:
         found = []
         for worker in self.state()["workers"]:
             if worker["state"] != "down" and role in (None, worker["role"]):
-                own = httpx.get(f"{worker['http']}/debug/state", timeout=10).json()
+                own = self.client.get(f"{worker['http']}/debug/state").json()
                 found.append(own | {"pid": worker["pid"], "http": worker["http"]})
         return found
 
@@ -78,7 +78,7 @@ class Up:
 
     def metric(self, url: str, name: str) -> float:
         """Sum of a metric's samples at one process."""
-        text = httpx.get(f"{url}/metrics", timeout=10).text
+        text = self.client.get(f"{url}/metrics").text
         lines = [line for line in text.splitlines() if re.match(rf"{name}(\{{|\s)", line)]
         return sum(float(line.rsplit(" ", 1)[1]) for line in lines)
 

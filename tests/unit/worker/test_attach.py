@@ -47,7 +47,7 @@ class Gateway:
 
 def hub_and_handler() -> tuple[AttachHub, FakeHandler]:
     handler = FakeHandler()
-    return AttachHub(handler, lambda: pb.WorkerLoad(blocks_total=7)), handler
+    return AttachHub(handler, lambda: pb.WorkerLoad(blocks_total=7), heartbeat_s=0.01), handler
 
 
 def update(request: int, start: int, tokens: list[int], end: bool = False) -> TokenUpdate:
