@@ -74,12 +74,32 @@ def test_gateway_and_client_never_load_torch():
 
 
 def banned(path):
-    """Each use of something forbidden in a file, as `name at line`."""
+    """Each use of something forbidden in a file, as `file:line: name`."""
+    tree = ast.parse(path.read_text())
     inside = path.relative_to(ROOT).parts
-    for node in ast.walk(ast.parse(path.read_text())):
+    owned = _owned_calls(tree)
+    for node in ast.walk(tree):
         for name in _names(node):
-            if _is_banned(name, inside):
+            if _is_banned(name, inside) and id(node) not in owned:
                 yield f"{path.relative_to(ROOT)}:{node.lineno}: {name}"
+
+
+def _owned_calls(tree):
+    """Calls that their surroundings make harmless: `ensure_future` in a function that cancels in a `finally`,
+    and the wall clock as a Unix date, `int(time.time())`."""
+    owned = set()
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)) and _cancels_finally(node):
+            owned |= {id(call) for call in ast.walk(node) if _names(call) == ["asyncio.ensure_future"]}
+        if _names(node) == ["int"]:
+            owned |= {id(call) for call in node.args if _names(call) == ["time.time"]}
+    return owned
+
+
+def _cancels_finally(function):
+    finals = [last for node in ast.walk(function) if isinstance(node, ast.Try) for last in node.finalbody]
+    names = [name for last in finals for node in ast.walk(last) for name in _names(node)]
+    return any(name.endswith(".cancel") for name in names)
 
 
 def _names(node):
@@ -110,7 +130,8 @@ def test_the_rules_find_what_they_forbid(tmp_path, monkeypatch):
     path.write_text(
         "import pickle\nfrom torch import load\ntorch.load('x')\neval('1')\nasyncio.create_task(f())\n"
         "asyncio.get_running_loop().create_task(f())\ntime.monotonic()\nfrom time import time\n"
-        "group.create_task(f())\nmodel.eval()\ntime.perf_counter()\n"
+        "group.create_task(f())\nmodel.eval()\ntime.perf_counter()\nint(time.time())\n"
+        "def f():\n    task = asyncio.ensure_future(g())\n    try: pass\n    finally: task.cancel()\n"
     )
     assert sorted(int(found.split(":")[1]) for found in banned(path)) == [1, 2, 3, 4, 5, 6, 7, 8]
 
