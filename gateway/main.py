@@ -20,6 +20,7 @@ from grpc_reflection.v1alpha import reflection
 from gateway.fleet import Fleet
 from gateway.flow import Flow
 from gateway.http import HttpFace, build_app
+from gateway.malformed import MalformedMessages
 from gateway.metrics import GatewayMetrics
 from gateway.model import ServedModel, load_model
 from gateway.registry import Registry
@@ -65,7 +66,7 @@ class Gateway:
             local_prefill_threshold=settings.local_prefill_threshold,
         )
         self._health = health.aio.HealthServicer()
-        self._public = rpc.server([], max_message_bytes=2 * settings.max_body_bytes)
+        self._public = rpc.server([MalformedMessages(SERVICE)], max_message_bytes=2 * settings.max_body_bytes)
         self._internal = rpc.server([], max_message_bytes=INTERNAL_MESSAGE_BYTES)
         self._http = HttpServer(self._app(), timeout_graceful_shutdown=CLOSE_GRACE_S)
         self._socket: socket.socket | None = None

@@ -115,9 +115,12 @@ async def test_cancel_deadline_and_abort() -> None:
         assert raised.value.code() is grpc.StatusCode.ALREADY_EXISTS
         answer = await api.Abort(inference_pb2.AbortRequest(request_ids=["mine", "other"]))
         assert list(answer.aborted) == ["mine"]
-        rest = [delta async for delta in call]
-        assert rest[-1].finish_reason == common_pb2.FINISH_REASON_ABORT
-        assert rest[-1].usage.completion_tokens > 0
+        last = None
+        while (delta := await call.read()) is not grpc.aio.EOF:
+            last = delta
+        assert last is not None
+        assert last.finish_reason == common_pb2.FINISH_REASON_ABORT
+        assert last.usage.completion_tokens > 0
         await made.quiet()
 
 

@@ -1,0 +1,65 @@
+"""A message that is no protobuf is the client's fault: INVALID_ARGUMENT, where grpc says UNKNOWN."""
+
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any
+
+import grpc
+import grpc.aio
+from google.protobuf.message import DecodeError
+
+from runtime import rpc
+from runtime.errors import InvalidRequest
+
+
+class MalformedMessages(grpc.aio.ServerInterceptor):  # type: ignore[misc] # grpc is untyped
+    """Decodes the requests of one service itself, so that a decode error meets our translation."""
+
+    def __init__(self, service: str) -> None:
+        self._prefix = f"/{service}/"
+
+    async def intercept_service(
+        self,
+        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Any]],
+        handler_call_details: grpc.HandlerCallDetails,
+    ) -> Any:
+        """The handler of this method, taking raw bytes."""
+        handler = await continuation(handler_call_details)
+        if handler is None or not handler_call_details.method.startswith(self._prefix):
+            return handler
+        if handler.response_streaming:
+            return grpc.unary_stream_rpc_method_handler(
+                _streaming(handler), response_serializer=handler.response_serializer
+            )
+        return grpc.unary_unary_rpc_method_handler(
+            _unary(handler), response_serializer=handler.response_serializer
+        )
+
+
+def _unary(handler: Any) -> Callable[[bytes, Any], Awaitable[Any]]:
+    async def call(raw: bytes, context: Any) -> Any:
+        async with rpc.translated(context):
+            request = _decode(handler, raw)
+        return await handler.unary_unary(request, context)
+
+    return call
+
+
+def _streaming(handler: Any) -> Callable[[bytes, Any], AsyncIterator[Any]]:
+    async def call(raw: bytes, context: Any) -> AsyncIterator[Any]:
+        async with rpc.translated(context):
+            request = _decode(handler, raw)
+        responses = handler.unary_stream(request, context)
+        try:
+            async for response in responses:
+                yield response
+        finally:
+            await responses.aclose()
+
+    return call
+
+
+def _decode(handler: Any, raw: bytes) -> Any:
+    try:
+        return handler.request_deserializer(raw)
+    except DecodeError:
+        raise InvalidRequest("the message is not valid protobuf") from None
