@@ -1,0 +1,91 @@
+"""Reservations in order, scatters only into live transfers; with a fake engine and real tensors."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from decode_svc.receiving import Receiving
+from kernels import ops
+from kvtransfer.plan import Rectangle
+from runtime.errors import InvalidRequest
+
+SHAPE = (2, 2, 8, 4, 1, 2)  # layers, sides, blocks, block size, heads, head_dim
+
+
+class FakeEngine:
+    """A pool of 8 blocks; a request holds as many as its `size`."""
+
+    def __init__(self) -> None:
+        self.kv_cache = SimpleNamespace(groups=[torch.zeros(SHAPE)])
+        self.free = list(range(8))
+        self.held: dict[str, object] = {}
+
+    def reserve(self, request: SimpleNamespace) -> bool:
+        if request.size > 8:
+            raise InvalidRequest("never", field="prompt")
+        if request.size > len(self.free):
+            return False
+        request.block_tables = [[self.free.pop(0) for _ in range(request.size)]]
+        self.held[request.key] = request
+        return True
+
+    def abort(self, key: str) -> None:
+        self.free += self.held.pop(key).block_tables[0]
+
+
+@pytest.fixture
+def parts():
+    events: list[tuple[object, ...]] = []
+    receiving = Receiving(
+        lambda *reservation: events.append(reservation),
+        lambda transfer_id, error: events.append((transfer_id, error.field)),
+    )
+    return FakeEngine(), receiving, events
+
+
+def request(key: str, size: int) -> SimpleNamespace:
+    return SimpleNamespace(key=key, size=size, num_cached_tokens=0, block_tables=[])
+
+
+def test_first_come_first_served_and_the_impossible_is_refused(parts) -> None:
+    engine, receiving, events = parts
+    for name, size in (("a", 6), ("b", 9), ("c", 4), ("d", 1)):
+        receiving.want(name.encode(), request(name, size))
+    receiving.reserve_waiting(engine)
+    assert events == [(b"a", 6, 0), (b"b", "prompt")]
+    assert receiving.num_waiting == 2, "d does not overtake c"
+    receiving.drop(engine, b"a")
+    receiving.reserve_waiting(engine)
+    assert events[2:] == [(b"c", 4, 0), (b"d", 1, 0)]
+
+
+def test_dropping_a_waiting_request_lets_the_next_one_in(parts) -> None:
+    engine, receiving, events = parts
+    for name, size in (("a", 8), ("b", 8), ("c", 8)):
+        receiving.want(name.encode(), request(name, size))
+    receiving.reserve_waiting(engine)
+    receiving.drop(engine, b"b")
+    receiving.drop(engine, b"a")
+    receiving.reserve_waiting(engine)
+    assert [event[0] for event in events] == [b"a", b"c"]
+
+
+def test_a_frame_lands_in_its_blocks_and_nowhere_after_the_end(parts) -> None:
+    engine, receiving, _ = parts
+    source = torch.randn(SHAPE)
+    slab = torch.empty(source.nbytes, dtype=torch.uint8)
+    ops.gather_blocks(source, [5, 6], 0, 2, slab)
+    receiving.want(b"a", request("a", 3))
+    receiving.reserve_waiting(engine)
+    receiving.scatter(engine, b"a", Rectangle(0, 1, 2, 0, 2), slab)
+    pool = engine.kv_cache.groups[0]
+    assert torch.equal(pool[:, :, 1:3], source[:, :, 5:7])
+    assert not pool[:, :, 0].any()
+    assert not pool[:, :, 3:].any()
+    receiving.drop(engine, b"a")
+    before = pool.clone()
+    receiving.scatter(engine, b"a", Rectangle(0, 0, 2, 0, 2), slab)
+    assert torch.equal(pool, before)
+    assert receiving.take(b"a") is None
+    assert sorted(engine.free) == list(range(8))
