@@ -69,11 +69,11 @@ def row(name: str, split: list[float], colocated: list[float]) -> dict[str, floa
         a, b = (sorted(kept)[min(int(len(kept) * quantile), len(kept) - 1)] for kept in (split, colocated))
         values |= {f"split_{label}_ms": a * 1e3, f"colocated_{label}_ms": b * 1e3, f"ratio_{label}": a / b}
     values["ratio_mean"] = statistics.fmean(split) / statistics.fmean(colocated)
-    shown = "  ".join(
-        f"{q} {values[f'split_{q}_ms']:7.2f} / {values[f'colocated_{q}_ms']:7.2f} ms = {values[f'ratio_{q}']:.2f}"
-        for q in ("p50", "p90", "p99")
-    )
-    print(f"{name:10} {shown}  mean ratio {values['ratio_mean']:.2f}")
+    print(f"{name:10}", end="")
+    for q in ("p50", "p90", "p99"):
+        pair = f"{values[f'split_{q}_ms']:7.2f} / {values[f'colocated_{q}_ms']:7.2f} ms"
+        print(f"  {q} {pair} = {values[f'ratio_{q}']:.2f}", end="")
+    print(f"  mean ratio {values['ratio_mean']:.2f}")
     return values
 
 

@@ -3,6 +3,7 @@
 A settings class is the only place where a flag, its variable, its default and its help are written.
 """
 
+import difflib
 import os
 import re
 import sys
@@ -79,8 +80,10 @@ def check_known_names() -> None:
         return
     known = {name for cls in _all_settings(Settings) for name in cls.model_fields}
     for key in tomllib.loads(CONFIG_FILE.read_text()):
-        if key.replace("-", "_") not in known:
-            raise StartupError(f"{CONFIG_FILE}: unknown setting {key!r}")
+        if key not in known:
+            near = difflib.get_close_matches(key.replace("-", "_"), known, n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise StartupError(f"{CONFIG_FILE}: unknown setting {key!r}{hint}")
 
 
 def _all_settings(cls: type[Settings]) -> list[type[Settings]]:

@@ -26,6 +26,7 @@ from kvtransfer.layout import KvFacts, KvGroup
 from protos.tandem.v1 import common_pb2, registry_pb2
 from runtime import admin_http, rpc
 from runtime.checkpoint_dir import bundled_model, file_hash, resolve
+from runtime.clock import SystemClock
 from runtime.config import parse_bytes
 from runtime.errors import Unavailable
 from runtime.lifecycle import Shutdown
@@ -40,6 +41,7 @@ from worker.metrics import WorkerMetrics
 
 logger = logging.getLogger(__name__)
 
+PROGRESS_INTERVAL_S = 2.0
 MAX_MESSAGE_BYTES = 64 * 1024 * 1024
 ROLE_NAMES = {common_pb2.WORKER_ROLE_PREFILL: "prefill", common_pb2.WORKER_ROLE_DECODE: "decode"}
 
@@ -105,16 +107,16 @@ def _load_engine(settings: WorkerSettings) -> tuple[Engine, str]:
 
 
 class _Progress:
-    """Loading, as log lines at every tenth of the bytes."""
+    """Loading, as a log line every few seconds: a small model loads in silence."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._tenth = 0
+        self._clock = SystemClock()
+        self._said_at = self._clock.now()
 
     def __call__(self, done: int, total: int) -> None:
-        tenth = 10 * done // max(total, 1)
-        if tenth > self._tenth:
-            self._tenth = tenth
+        if self._clock.now() - self._said_at >= PROGRESS_INTERVAL_S:
+            self._said_at = self._clock.now()
             logger.info("loading %s: %d of %d MiB", self._path.name, done >> 20, total >> 20)
 
 

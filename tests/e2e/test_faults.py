@@ -39,7 +39,9 @@ def stream(up: Up, after: dict[int, Any], **options: Any) -> list[int]:
 
 def kill(up: Up, role: str, number: int) -> None:
     """kill -9 one worker, and see that it is gone."""
-    pid = next(w["pid"] for w in up.state()["workers"] if w["id"] == f"{role}-{number}" and w["state"] == "ready")
+    pid = next(
+        w["pid"] for w in up.state()["workers"] if w["id"] == f"{role}-{number}" and w["state"] == "ready"
+    )
     os.kill(pid, signal.SIGKILL)
 
 
@@ -76,9 +78,7 @@ def test_prefill_worker_killed_before_the_first_token(split: Up) -> None:
     long = {"prompt": list(range(3, 1803)), "max_tokens": 8, **GREEDY}
     undisturbed = split.complete(**long)["choices"][0]["token_ids"]
     result: list[list[int]] = []
-    caller = threading.Thread(
-        target=lambda: result.append(split.complete(**long)["choices"][0]["token_ids"])
-    )
+    caller = threading.Thread(target=lambda: result.append(split.complete(**long)["choices"][0]["token_ids"]))
     caller.start()
     kill(split, "prefill", busy(split, "prefill"))
     caller.join(60)

@@ -43,9 +43,7 @@ class Naive:
 
 
 @pytest.mark.parametrize("prompt", PROMPTS)
-def test_split_and_colocated_equal_transformers(
-    split: Up, colocated: Up, naive: Naive, prompt: str
-) -> None:
+def test_split_and_colocated_equal_transformers(split: Up, colocated: Up, naive: Naive, prompt: str) -> None:
     expected = naive.greedy(prompt, 24)
     for up in (split, colocated):
         choice = up.complete(prompt, max_tokens=24, temperature=0)["choices"][0]

@@ -23,9 +23,7 @@ def gateway(*argv: str) -> GatewaySettings:
     return config.parse(GatewaySettings, list(argv), prog="tandem gateway")
 
 
-def test_flags_beat_environment_beats_file_beats_default(
-    toml: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_flags_beat_environment_beats_file_beats_default(toml: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert gateway().http_port == 8000
     toml.write_text("http_port = 8001\ngrpc_port = 50001\nlog_level = 'error'\n")
     assert gateway().http_port == 8001
@@ -53,7 +51,10 @@ def test_a_bad_flag_is_one_line_that_names_it(argv: list[str], message: str) -> 
 
 def test_a_key_that_nobody_knows_is_refused(toml: Path) -> None:
     toml.write_text("htpp_port = 1\n")
-    with pytest.raises(StartupError, match="unknown setting 'htpp_port'"):
+    with pytest.raises(StartupError, match="unknown setting 'htpp_port'; did you mean 'http_port'"):
+        gateway()
+    toml.write_text("http-port = 1\n")
+    with pytest.raises(StartupError, match="did you mean 'http_port'"):
         gateway()
     toml.write_text("prefill = 2\n")  # a setting of `tandem up`
     gateway()
@@ -73,7 +74,13 @@ def test_flags_for_another_process_give_the_same_settings() -> None:
 
 @pytest.mark.parametrize(
     ("text", "size"),
-    [("1048576", 1 << 20), ("512MiB", 512 << 20), ("1.5GiB", 3 << 29), ("2GB", 2_000_000_000), ("8g", 8 * 10**9)],
+    [
+        ("1048576", 1 << 20),
+        ("512MiB", 512 << 20),
+        ("1.5GiB", 3 << 29),
+        ("2GB", 2_000_000_000),
+        ("8g", 8 * 10**9),
+    ],
 )
 def test_sizes(text: str, size: int) -> None:
     assert config.parse_bytes(text, "--kv-cache-memory") == size

@@ -51,7 +51,7 @@ async def admin():
     Counter("tandem_things_total", "Things.", registry=registry).inc(3)
     reason: list[str | None] = [None]
     routes = admin_http.admin_routes(registry, lambda: {"requests": 0}, lambda: reason[0], "secret")
-    yield Starlette(routes=routes), reason
+    return Starlette(routes=routes), reason
 
 
 def client(app: Starlette, host: str) -> httpx.AsyncClient:

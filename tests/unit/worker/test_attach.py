@@ -123,7 +123,10 @@ async def test_a_refused_submit_is_one_failed_end() -> None:
     gateway.submit(3)
     gateway.send(submit=pb.Submit(request=4, attempt=1, transfer_id=b"short"))
     ends = [end for _ in range(1) for end in (await anext(gateway.events)).ends]
-    assert [(end.request, end.failed.code, end.failed.retryable) for end in ends] == [(3, 8, True), (4, 3, False)]
+    assert [(end.request, end.failed.code, end.failed.retryable) for end in ends] == [
+        (3, 8, True),
+        (4, 3, False),
+    ]
     assert hub.num_live == 0
     await gateway.events.aclose()
 
