@@ -92,6 +92,21 @@ def test_a_mixed_batch_gives_the_tokens_of_each_request_alone(make_engine, make_
     assert together == [engine.run(make_request(n))[0] for n in PROMPT_LENS]
 
 
+def test_a_request_has_the_same_bits_alone_and_in_a_batch(make_engine, make_request):
+    def logprobs(engine, *prompt_lens):
+        for prompt_len in prompt_lens:
+            engine.submit(make_request(prompt_len, logprobs=2))
+        found = {prompt_len: [] for prompt_len in prompt_lens}
+        while engine.has_work():
+            for output in engine.step().outputs:
+                found[output.request.key] += output.logprobs
+        return found
+
+    together = logprobs(make_engine(num_blocks=128), *PROMPT_LENS)
+    for prompt_len in PROMPT_LENS:
+        assert logprobs(make_engine(), prompt_len) == {prompt_len: together[prompt_len]}
+
+
 @pytest.mark.parametrize("budget", [4, 7, 16])
 def test_chunked_prefill_changes_no_token(make_engine, make_request, budget):
     whole = make_engine(num_blocks=128).run(*map(make_request, PROMPT_LENS))
@@ -161,6 +176,14 @@ def test_a_first_token_that_ends_the_request_frees_its_reservation(make_engine, 
     assert output.logprobs == (TokenLogprob(-1.0, ()),)
     assert engine.load().blocks_used == 0
     assert not engine.has_work()
+
+
+def test_a_committed_end_token_before_min_tokens_does_not_end(make_engine, make_request):
+    engine = make_engine()
+    request = make_request(5, min_tokens=1, ignore_eos=False)
+    assert engine.reserve(request)
+    assert engine.commit(request, 2, None).finish_reason is None
+    assert engine.has_work()
 
 
 def test_abort_frees_blocks_in_every_state(make_engine, make_request):

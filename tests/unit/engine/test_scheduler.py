@@ -43,6 +43,18 @@ def step(scheduler):
     return [(item.request.key, item.query_len) for item in plan]
 
 
+def start(scheduler, request):
+    """A running request with one output token, past the admission rule."""
+    scheduler.submit(request)
+    scheduler.prefill.remove(request)
+    scheduler.tables.grow(request, request.num_tokens)
+    request.num_computed_tokens = request.num_tokens
+    request.move(RequestState.PREFILLING)
+    scheduler.decode.start(request)
+    request.output_token_ids.append(0)
+    scheduler.check()
+
+
 def test_decodes_go_first_and_chunks_share_the_rest_of_the_budget():
     scheduler = make_scheduler(budget=10)
     scheduler.submit(make_request("a", 6))
@@ -66,22 +78,30 @@ def test_a_full_batch_of_decodes_leaves_a_token_for_prefill():
 
 
 def test_growth_preempts_the_youngest_which_restarts_before_newer_ones():
-    scheduler = make_scheduler(num_blocks=8, budget=100)
-    for key in ("old", "mid", "young"):
-        scheduler.submit(make_request(key, 4, max_tokens=20))
-        step(scheduler)
+    scheduler = make_scheduler(num_blocks=4, budget=100)
+    for key, prompt_len in (("old", 4), ("mid", 2), ("young", 1)):
+        start(scheduler, make_request(key, prompt_len))
     young = scheduler.live["young"]
-    scheduler.submit(make_request("new", 24))
-    while young.state is RequestState.RUNNING:
-        plan = step(scheduler)
-    assert plan == [("old", 1), ("mid", 1)]
+    scheduler.submit(make_request("new", 16))
+    assert step(scheduler) == [("old", 1), ("mid", 1), ("young", 1)]
+    assert step(scheduler) == [("old", 1), ("mid", 1), ("young", 1)]
+    # All blocks are in use and the middle one is full: the youngest makes room for it.
+    assert step(scheduler) == [("old", 1), ("mid", 1)]
     assert [request.key for request in scheduler.prefill.waiting] == ["young", "new"]
-    assert young.num_computed_tokens == 0
-    num_tokens = young.num_tokens
-    assert num_tokens > 4
-    while "young" not in dict(plan):
-        plan = step(scheduler)
-    assert dict(plan)["young"] == num_tokens
+    assert (young.num_computed_tokens, young.num_tokens) == (0, 4)
+    while "young" not in dict(plan := step(scheduler)):
+        assert plan
+    # The middle one had to go too, for the old one; it is older, so it is back first. "new" still waits.
+    assert plan == [("mid", 7), ("young", 4)]
+
+
+def test_the_oldest_takes_the_block_of_the_youngest_not_of_the_next():
+    scheduler = make_scheduler(num_blocks=3)
+    for key, prompt_len in (("old", 3), ("mid", 1), ("young", 1)):
+        start(scheduler, make_request(key, prompt_len))
+    assert step(scheduler) == [("old", 1), ("mid", 1), ("young", 1)]
+    assert step(scheduler) == [("old", 1), ("mid", 1)]
+    assert [request.key for request in scheduler.prefill.waiting] == ["young"]
 
 
 def test_reservations_are_never_preempted():
