@@ -24,6 +24,17 @@ MAX_RENDERED_CHARS = 8 * 1024 * 1024
 MAX_RENDER_S = 5.0
 """A template that takes longer is refused."""
 
+TEMPLATE_ERRORS = (
+    jinja2.TemplateError,
+    TypeError,
+    ValueError,
+    ArithmeticError,
+    LookupError,
+    AttributeError,
+    RecursionError,
+)
+"""What a template can raise on messages that it was not written for."""
+
 SPECIAL_NAMES = ("bos_token", "eos_token", "pad_token", "unk_token", "sep_token", "cls_token")
 
 
@@ -55,14 +66,7 @@ class ChatTemplate:
                 if num_chars > MAX_RENDERED_CHARS or (gave_up is not None and gave_up.is_set()):
                     raise InvalidRequest("the chat template writes too much", field="messages")
                 pieces.append(piece)
-        except (
-            jinja2.TemplateError,
-            TypeError,
-            ValueError,
-            ArithmeticError,
-            LookupError,
-            AttributeError,
-        ) as e:
+        except TEMPLATE_ERRORS as e:
             raise InvalidRequest(f"the chat template refuses these messages: {e}", field="messages") from e
         return "".join(pieces)
 

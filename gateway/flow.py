@@ -190,7 +190,10 @@ class Flow:
         self.model.check_name(asked.model)
         limits = self.limits
         prompt = asked.prompt
-        token_ids = prompt if isinstance(prompt, list) else await tokenize(self.model, prompt)
+        if isinstance(prompt, list):
+            token_ids = prompt
+        else:
+            token_ids = await tokenize(self.model, prompt, max_tokens=limits.max_model_len)
         check_prompt(token_ids, limits)
         sampling = complete_sampling(
             asked.sampling,

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 
 from gateway.chat_template import MAX_RENDER_S
 from gateway.model import ServedModel
-from runtime.errors import InvalidRequest
+from runtime.errors import ContextLengthExceeded, InvalidRequest
 
 LARGE_TEXT_CHARS = 4096
 """Longer texts are worked on in a thread: this many take about a millisecond."""
@@ -16,17 +16,33 @@ Messages = tuple[Mapping[str, str], ...]
 
 
 async def tokenize(
-    model: ServedModel, prompt: str | Messages, *, add_special_tokens: bool = True
+    model: ServedModel,
+    prompt: str | Messages,
+    *,
+    add_special_tokens: bool = True,
+    max_tokens: int | None = None,
 ) -> list[int]:
     """Token ids of a text, or of chat messages in the model's chat template.
 
-    Raises InvalidRequest for an empty text and for messages that the template refuses.
+    Raises InvalidRequest for an empty text and for messages that the template refuses, and
+    ContextLengthExceeded, without any work, for a prompt that must have more than `max_tokens`.
     """
+    if max_tokens is not None:
+        _check_size(model, prompt, max_tokens)
     if isinstance(prompt, str):
         return await _tokenize_text(model, prompt, add_special_tokens)
     if not prompt:
         raise InvalidRequest("messages must not be empty", field="messages")
     return await _tokenize_messages(model, prompt)
+
+
+def _check_size(model: ServedModel, prompt: str | Messages, max_tokens: int) -> None:
+    contents = [prompt] if isinstance(prompt, str) else [message["content"] for message in prompt]
+    if sum(map(len, contents)) > model.tokenizer.max_chars(max_tokens):
+        name = "prompt" if isinstance(prompt, str) else "messages"
+        raise ContextLengthExceeded(
+            f"{name}: more text than the model's context of {max_tokens} tokens can hold", field=name
+        )
 
 
 async def _tokenize_text(model: ServedModel, text: str, add_special_tokens: bool) -> list[int]:

@@ -64,6 +64,9 @@ class TextTokenizer:
         self._special = {token.content: token for token in added.values() if token.special}
         self._special_ids = {token.content: token_id for token_id, token in added.items()}
         spellings = sorted(self._special, key=len, reverse=True)
+        # A normalizer may shorten text, but NFKC's worst case is well below this factor.
+        shrinks = 1 if self._control.normalizer is None else 18
+        self._max_token_chars = shrinks * max(map(len, self._control.get_vocab(with_added_tokens=True)))
         self._pattern = re.compile("|".join(map(re.escape, spellings))) if spellings else None
 
     @classmethod
@@ -84,8 +87,11 @@ class TextTokenizer:
 
     def encode_text(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """Ids of a user's text; the tokenizer's own special tokens (bos, eos) around it if asked."""
-        ids: list[int] = self._plain.encode(text, add_special_tokens=add_special_tokens).ids
-        return ids
+        return _encode(self._plain, text, add_special_tokens=add_special_tokens)
+
+    def max_chars(self, num_tokens: int) -> int:
+        """A text with more characters than this cannot have as few as `num_tokens` tokens."""
+        return num_tokens * self._max_token_chars
 
     def shield(self) -> Shield:
         """Protection for the strings of one chat."""
@@ -94,8 +100,7 @@ class TextTokenizer:
     def encode_rendered(self, rendered: str, shield: Shield) -> list[int]:
         """Ids of a rendered chat template whose user strings went through `shield.protect`."""
         if not shield.used or self._pattern is None:
-            ids: list[int] = self._control.encode(rendered, add_special_tokens=False).ids
-            return ids
+            return _encode(self._control, rendered, add_special_tokens=False)
         return self._encode_pieces(rendered, self._pattern, shield)
 
     def _encode_pieces(self, rendered: str, pattern: re.Pattern[str], shield: Shield) -> list[int]:
@@ -122,3 +127,9 @@ class TextTokenizer:
         """(text, bytes) of one token for log-probabilities; part of a character shows as U+FFFD."""
         raw = self.vocabulary.token_bytes(token_id)
         return raw.decode("utf-8", "replace"), raw
+
+
+def _encode(tokenizer: Tokenizer, text: str, *, add_special_tokens: bool) -> list[int]:
+    """Ids of one text; a batch of one, because only batches let go of the interpreter lock."""
+    ids: list[int] = tokenizer.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0].ids
+    return ids
