@@ -1,4 +1,4 @@
-"""A sender and a receiver joined by lossless in-memory queues; every step is one call, so tests choose the order."""
+"""A sender and a receiver joined by lossless queues; every step is one call: tests choose the order."""
 
 import zlib
 from collections import deque
@@ -197,7 +197,7 @@ class Harness:
 
     def run(self):
         """Step until nothing moves."""
-        while any([self.step(name) for name in self.STEPS]):
+        while sum(self.step(name) for name in self.STEPS):
             pass
 
     def committed(self, events):
@@ -205,7 +205,8 @@ class Harness:
 
     def require_quiet(self):
         """Nothing moves any more, and every slab and credit is home."""
-        assert not (self.to_receiver or self.to_sender or self.wire or self.posted or self.delivered)
+        queues = (self.to_receiver, self.to_sender, self.wire, self.posted, self.delivered)
+        assert sum(map(len, queues)) == 0
         assert self.receiver.num_free_slabs == WELCOME.num_slabs
         assert self.sender._credits == WELCOME.num_slabs
         assert self.sender.num_transfers == self.receiver.num_transfers == 0

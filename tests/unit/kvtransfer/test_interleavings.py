@@ -108,13 +108,11 @@ class Run:
         return moved
 
     def finish(self):
-        while any([self.turn(actor) for actor in self.actors]):
+        while sum(bool(self.turn(actor)) for actor in self.actors):
             pass
 
 
-@settings(
-    max_examples=150, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow]
-)
+@settings(max_examples=150, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 @given(
     plans=st.lists(PLANS, min_size=1, max_size=4),
     turns=st.lists(st.integers(0, 13), max_size=120),

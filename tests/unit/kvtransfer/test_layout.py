@@ -68,7 +68,10 @@ def test_an_answer_takes_the_senders_first_common_transport():
     [
         ({"receiver_boot_id": "other"}, "other"),
         ({"transports": ("nccl",)}, "nccl"),
-        ({"facts": replace(FACTS, model_hash="x", max_model_len=1)}, "model_hash: m != x; max_model_len: 64 != 1"),
+        (
+            {"facts": replace(FACTS, model_hash="x", max_model_len=1)},
+            "model_hash: m != x; max_model_len: 64 != 1",
+        ),
     ],
 )
 def test_a_mismatch_names_what_differs(change, named):

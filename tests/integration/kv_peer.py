@@ -1,0 +1,61 @@
+"""The sender's process of the tests with two processes. Talks to its parent over a multiprocessing pipe."""
+
+import os
+import threading
+
+import torch
+
+from kvtransfer.transports.gloo import GlooTransport
+from tests.integration.kv_services import SenderService
+
+
+def rendezvous(pipe):
+    """Exchange of addresses over the pipe."""
+
+    def exchange(blob):
+        pipe.send(blob)
+        assert pipe.poll(5)
+        return pipe.recv()
+
+    return exchange
+
+
+def run_sender(pipe, timeout_s):
+    """A prefill worker's links, one after another; ends when the pipe does."""
+    torch.set_num_threads(1)
+    pipe.send("ready")
+    service = None
+    send_lock = threading.Lock()
+
+    def post(message):
+        with send_lock:
+            pipe.send(("message", message))
+
+    while True:
+        try:
+            kind, value = pipe.recv()
+        except EOFError:
+            os._exit(0)
+        if kind == "open":
+            service = SenderService(GlooTransport.open(0, rendezvous(pipe), timeout_s=timeout_s), post)
+            service.pump.start()
+        elif kind == "message":
+            service.pump.on_message(value)
+        elif kind == "transfer":
+            service.transfer(*value)
+        elif kind == "pool":
+            post(service.pool)
+
+
+def send_one_large_message(pipe, num_bytes):
+    """Sends without end of the message in sight, so that a kill hits it in the middle."""
+    pipe.send("ready")
+    transport = GlooTransport.open(0, rendezvous(pipe), timeout_s=5.0)
+    transport.start_send(torch.ones(num_bytes, dtype=torch.uint8)).wait()
+
+
+def receive_one_large_message(pipe, num_bytes):
+    """The other direction."""
+    pipe.send("ready")
+    transport = GlooTransport.open(0, rendezvous(pipe), timeout_s=5.0)
+    transport.recv(torch.zeros(num_bytes, dtype=torch.uint8))

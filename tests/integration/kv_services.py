@@ -1,0 +1,169 @@
+"""Small services around the pumps: real pools, real gather and scatter, threads as in the workers."""
+
+import queue
+import threading
+import time
+
+import torch
+
+from kernels.ops import gather_blocks, scatter_blocks
+from kvtransfer.actions import Granted, TransferCommitted, TransferFailed
+from kvtransfer.layout import KvFacts, KvGroup, block_bytes, num_blocks_of
+from kvtransfer.messages import FirstToken, Welcome
+from kvtransfer.plan import frame_sizes, rectangles
+from kvtransfer.pump import NUM_SENDER_SLABS, ReceiverPump, SenderPump, make_slabs
+from kvtransfer.receiver import ReceiverLink
+from kvtransfer.sender import SenderLink
+from runtime.clock import SystemClock
+
+FACTS = KvFacts(
+    protocol_major=1,
+    model_hash="m",
+    tokenizer_hash="t",
+    block_size=4,
+    max_model_len=4096,
+    rope="",
+    groups=(KvGroup(name="target", num_layers=4, num_kv_heads=2, head_dim=8, dtype="float32"),),
+)
+GROUP = FACTS.groups[0]
+SLAB_BYTES = 4 * 4096
+assert block_bytes(GROUP, FACTS.block_size) == 2048
+WELCOME = Welcome(epoch=1, transport="gloo", frame_sizes=frame_sizes(SLAB_BYTES), num_slabs=4)
+TOKEN = (FirstToken(choice=0, token_id=7),)
+
+
+def make_pool(num_blocks, fill=None):
+    """[num_layers, 2, num_blocks, block_size, num_kv_heads, head_dim], random unless `fill` is given."""
+    shape = (GROUP.num_layers, 2, num_blocks, FACTS.block_size, GROUP.num_kv_heads, GROUP.head_dim)
+    return torch.rand(shape) if fill is None else torch.full(shape, fill)
+
+
+class Events:
+    """What a pump told its service; `wait` blocks until a condition on it holds."""
+
+    def __init__(self):
+        self.changed = threading.Condition()
+        self.all = []
+        self.failures = []
+        self.failed_at = None
+
+    def add(self, event):
+        with self.changed:
+            self.all.append(event)
+            self.changed.notify_all()
+
+    def failed(self, reason):
+        with self.changed:
+            self.failures.append(reason)
+            self.failed_at = time.monotonic()
+            self.changed.notify_all()
+
+    def wait(self, done, timeout_s=5.0):
+        with self.changed:
+            assert self.changed.wait_for(lambda: done(self), timeout_s), (self.all, self.failures)
+
+    def ids(self, kind):
+        return [event.transfer_id for event in self.all if isinstance(event, kind)]
+
+    def wait_ended(self, count):
+        self.wait(lambda e: len(e.ids(TransferCommitted) + e.ids(TransferFailed)) >= count)
+
+
+class SenderService:
+    """A prefill worker's part; `post` puts messages on the way to the receiver."""
+
+    def __init__(self, transport, post, num_blocks=64):
+        self.pool = make_pool(num_blocks)
+        self.tables = {}
+        self.events = Events()
+        self.pump = SenderPump(
+            SenderLink(facts=FACTS, welcome=WELCOME, clock=SystemClock()),
+            transport,
+            make_slabs(NUM_SENDER_SLABS, SLAB_BYTES),
+            gather=self.gather,
+            post=post,
+            on_event=self.events.add,
+            on_failed=self.events.failed,
+        )
+
+    def gather(self, frame, slab):
+        table = self.tables.get(frame.transfer_id)
+        if table is None:
+            return 0
+        r = frame.rectangle
+        blocks = table[r.first_block : r.first_block + r.num_blocks]
+        return gather_blocks(self.pool, blocks, r.first_layer, r.num_layers, slab)
+
+    def transfer(self, transfer_id, blocks):
+        """Offer, hand everything in block by block, commit."""
+        self.tables[transfer_id] = blocks
+        self.pump.offer(transfer_id, len(blocks) * FACTS.block_size)
+        for position in range(len(blocks)):
+            self.pump.enqueue(transfer_id, rectangles(FACTS, 0, position, 1, SLAB_BYTES))
+        self.pump.commit(transfer_id, TOKEN, 0)
+
+    def wait_granted(self, transfer_id):
+        self.events.wait(lambda e: transfer_id in e.ids(Granted))
+
+
+class ReceiverService:
+    """A decode worker's part, with its engine thread."""
+
+    def __init__(self, transport, post, num_blocks=64, slow_s=0.0):
+        self.pool = make_pool(num_blocks, fill=-1.0)
+        self.tables = {}
+        self.events = Events()
+        self.slow_s = slow_s
+        self.inbox = queue.SimpleQueue()
+        self.slabs = make_slabs(WELCOME.num_slabs, SLAB_BYTES)
+        self.pump = ReceiverPump(
+            ReceiverLink(facts=FACTS, welcome=WELCOME, clock=SystemClock()),
+            transport,
+            self.slabs,
+            deliver=lambda frame, payload: self.inbox.put((frame, payload)),
+            post=post,
+            on_event=self.events.add,
+            on_failed=self.events.failed,
+        )
+        self.engine = threading.Thread(target=self.run_engine, daemon=True)
+        self.engine.start()
+
+    def run_engine(self):
+        while (item := self.inbox.get()) is not None:
+            frame, payload = item
+            time.sleep(self.slow_s)
+            if self.pump.may_scatter(frame):
+                r = frame.rectangle
+                blocks = self.tables[frame.transfer_id][r.first_block : r.first_block + r.num_blocks]
+                scatter_blocks(self.pool, blocks, r.first_layer, r.num_layers, payload)
+            self.pump.frame_scattered(frame)
+
+    def reserve(self, transfer_id, blocks, num_cached_tokens=0):
+        self.tables[transfer_id] = blocks
+        assert num_blocks_of(num_cached_tokens, FACTS.block_size) <= len(blocks)
+        self.pump.reserve(transfer_id, len(blocks), num_cached_tokens)
+
+    def stop(self):
+        self.pump.stop()
+        self.inbox.put(None)
+        self.engine.join(5)
+
+
+class Control:
+    """An ordered, lossless message queue with its own thread, like one direction of a gRPC stream."""
+
+    def __init__(self):
+        self.queue = queue.SimpleQueue()
+        self.thread = threading.Thread(target=self.run, daemon=True)
+
+    def start(self, on_message):
+        self.on_message = on_message
+        self.thread.start()
+
+    def run(self):
+        while (message := self.queue.get()) is not None:
+            self.on_message(message)
+
+    def stop(self):
+        self.queue.put(None)
+        self.thread.join(5)
