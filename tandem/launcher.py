@@ -40,7 +40,8 @@ def child_env(environ: Mapping[str, str], *, threads: int | None = None) -> dict
     A spinning OpenMP barrier costs 10 ms as soon as another process wants the core, and libgomp reads
     its variables once, when torch is loaded; so they are set here, unless the user has set them.
     """
-    env = {"OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": "0", **environ, "PYTHONUNBUFFERED": "1"}
+    quiet = {"OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": "0", "GRPC_VERBOSITY": "ERROR"}
+    env = {**quiet, **environ, "PYTHONUNBUFFERED": "1"}
     if threads is not None:
         env["OMP_NUM_THREADS"] = str(threads)
     if ROOT.name != "site-packages":
