@@ -23,6 +23,7 @@ from gateway.prompts import Messages, tokenize
 from gateway.run import Prepared, RequestRun
 from gateway.validation import ModelLimits, check_prompt, complete_sampling
 from protos.tandem.v1 import common_pb2 as pb
+from runtime.clock import SystemClock
 from runtime.errors import AlreadyExists, Cancelled, TandemError, Unavailable
 
 logger = logging.getLogger(__name__)
@@ -59,7 +60,7 @@ class Live:
     request_id: str
     """Names it to the client."""
     arrived_s: float
-    """On the event loop's clock."""
+    """On the flow's clock."""
     stopped: TandemError | None = None
     """Set when it was aborted or the drain gave it up."""
     run: RequestRun | None = None
@@ -84,6 +85,8 @@ class Flow:
         self.fleet = fleet
         self.draining = False
         self._metrics = metrics
+        # For measuring: uvloop's own time has a resolution of 1 ms.
+        self._clock = SystemClock()
         self._admission = Admission(max_concurrent_requests, max_waiting_requests)
         self._request_timeout_s = request_timeout_s
         self._local_prefill_threshold = local_prefill_threshold
@@ -121,10 +124,10 @@ class Flow:
         """Deltas of one request; TandemError if it cannot be served. Close it to cancel the request."""
         with self._entered(asked.request_id) as live:
             request = await self._prepare(asked, live)
-            now = asyncio.get_running_loop().time
-            queued_s = now()
-            async with self._admission.slot(live.number, request.deadline - queued_s):
-                self._metrics.queue_time.observe(now() - queued_s)
+            queued_s = self._clock.now()
+            left_s = request.deadline - asyncio.get_running_loop().time()
+            async with self._admission.slot(live.number, left_s):
+                self._metrics.queue_time.observe(self._clock.now() - queued_s)
                 async with aclosing(self._run(request, live)) as deltas:
                     async for delta in deltas:
                         yield delta
@@ -176,7 +179,7 @@ class Flow:
             raise _shutting_down()
         if request_id in self._live:
             raise AlreadyExists(f"a live request has the id {request_id!r}", field="request_id")
-        live = Live(next(self._numbers), request_id, asyncio.get_running_loop().time())
+        live = Live(next(self._numbers), request_id, self._clock.now())
         self._live[request_id] = live
         self._idle.clear()
         return live
@@ -203,12 +206,13 @@ class Flow:
             default_max_tokens=asked.default_max_tokens,
             names=asked.names,
         )
+        left_s = live.arrived_s + min(asked.timeout_s, self._request_timeout_s) - self._clock.now()
         return Prepared(
             number=live.number,
             request_id=live.request_id,
             prompt_token_ids=token_ids,
             sampling=sampling,
-            deadline=live.arrived_s + min(asked.timeout_s, self._request_timeout_s),
+            deadline=asyncio.get_running_loop().time() + left_s,
             traceparent=asked.traceparent,
         )
 
@@ -229,10 +233,10 @@ class Flow:
         prompt_token_ids = request.prompt_token_ids
         async with aclosing(live.run.deltas()) as deltas:
             async for delta in deltas:
-                meter.on_tokens(asyncio.get_running_loop().time(), len(delta.token_ids))
+                meter.on_tokens(self._clock.now(), len(delta.token_ids))
                 yield replace(delta, prompt_token_ids=prompt_token_ids)
                 prompt_token_ids = []
-        meter.on_end(asyncio.get_running_loop().time())
+        meter.on_end(self._clock.now())
 
 
 def _shutting_down() -> Unavailable:

@@ -332,3 +332,36 @@ async def test_full_queue_refuses_at_once() -> None:
             assert refused.status_code == 429
             assert refused.headers["retry-after"] == "1"
         await made.quiet()
+
+
+async def test_a_client_that_does_not_read_delays_nobody() -> None:
+    async with cluster(*PAIR) as made, http(made) as client:
+        body = {"prompt": PROMPT, "max_tokens": 500, "stream": True, "logprobs": 20}
+        raw = json.dumps(body).encode()
+        head = f"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: {len(raw)}\r\n\r\n".encode()
+        stuck = [await asyncio.open_connection("127.0.0.1", made.gateway.http_port) for _ in range(3)]
+        for _, writer in stuck:
+            writer.write(head + raw)
+        await made.until(lambda: made.gateway.flow.num_live == 3)
+        answer = await client.post("/v1/completions", json={"prompt": PROMPT, "max_tokens": 50})
+        assert answer.json()["usage"]["completion_tokens"] == 50
+        for _, writer in stuck:
+            writer.transport.abort()
+        await made.quiet()
+
+
+async def test_many_streams_at_once() -> None:
+    async with cluster(*PAIR, max_concurrent_requests=8) as made, http(made) as client:
+
+        async def one(number: int) -> None:
+            prompt = [0, 300 + number]
+            body = {"prompt": prompt, "max_tokens": 10, "return_token_ids": True}
+            chunks = await events(client, "/v1/completions", body)
+            ids = [t for chunk in chunks[:-1] for t in chunk["choices"][0]["token_ids"]]
+            assert ids == tokens_of(prompt, 10)
+
+        async with asyncio.TaskGroup() as tasks:
+            for number in range(32):
+                tasks.create_task(one(number))
+        await made.quiet()
+        assert made.gateway.state()["requests_waiting"] == 0

@@ -95,7 +95,7 @@ def first_stop(text: str, stops: list[str]) -> tuple[int, str] | None:
     return (min(ends)[0] - len(min(ends)[2]), min(ends)[2]) if ends else None
 
 
-@settings(FEW, max_examples=200)
+@settings(FEW, max_examples=80)
 @given(
     st.lists(st.text("ab", max_size=5), max_size=8),
     st.lists(st.text("ab", min_size=1, max_size=4), max_size=3),
