@@ -98,11 +98,6 @@ class _Pump(ABC, Generic[ActionT]):
         if self._end(reason):
             self._on_failed(reason)
 
-    @property
-    def stopped(self) -> bool:
-        """Whether the epoch has ended."""
-        return self._stopping
-
     def _end(self, reason: str) -> bool:
         with self.lock:
             if self._stopping:
