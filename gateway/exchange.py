@@ -1,6 +1,7 @@
 """Reading one HTTP request and writing its answer: limits, errors, disconnects, server-sent events."""
 
 import asyncio
+import json
 import re
 import secrets
 from collections.abc import AsyncGenerator, Coroutine
@@ -70,13 +71,23 @@ async def read_json(request: Request, max_bytes: int) -> dict[str, Any]:
         raise InvalidRequest("the body did not arrive in time") from None
     except ClientDisconnect:
         raise Cancelled("the client went away") from None
-    try:
-        body = orjson.loads(raw)
-    except orjson.JSONDecodeError as error:
-        raise InvalidRequest(f"the body is not valid JSON: {error}") from None
+    body = _parse(raw)
     if not isinstance(body, dict):
         raise InvalidRequest("the body must be a JSON object")
     return body
+
+
+def _parse(raw: bytes) -> Any:
+    """JSON; NaN and Infinity, which JSON does not have, are let through so that the check of their field
+    can name it."""
+    try:
+        return orjson.loads(raw)
+    except orjson.JSONDecodeError as error:
+        fault = InvalidRequest(f"the body is not valid JSON: {error}")
+    try:
+        return json.loads(raw)
+    except (ValueError, RecursionError):
+        raise fault from None
 
 
 async def _read(request: Request, max_bytes: int) -> bytes:

@@ -257,7 +257,7 @@ class ReceiverLink:
             assert (transfer.coverage is not None) == (
                 bool(transfer.ticket) and transfer.num_tokens is not None
             )
-            assert (transfer.deadline_s is not None) == (not transfer.ticket)
+            assert transfer.deadline_s is None or not transfer.ticket
 
     def __repr__(self) -> str:
         states = {t.transfer_id.hex(): t.machine.state.name for t in self._transfers.values()}

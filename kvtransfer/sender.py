@@ -51,10 +51,7 @@ from kvtransfer.states import (
 from kvtransfer.transfers import Outgoing
 from runtime.clock import Clock
 from runtime.errors import AlreadyExists, Cancelled, Unavailable
-from runtime.limits import COMMIT_TIMEOUT_S, LINK_TIMEOUT_S
-
-OFFER_TIMEOUT_S = LINK_TIMEOUT_S
-"""Longer than the receiver holds an Offer, so that its own answer comes first."""
+from runtime.limits import COMMIT_TIMEOUT_S
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,6 +86,9 @@ class SenderLink:
     def offer(self, transfer_id: bytes, num_tokens: int) -> Offer:
         """Open a transfer of the KV of `num_tokens` tokens; the caller sends the message.
 
+        An Offer has no deadline here: the receiver rejects one that nobody asked for, and one that it knows
+        may wait for room; a receiver that is gone is noticed by the link.
+
         Raises Cancelled if the receiver has already given this id up, AlreadyExists if it is open,
         Unavailable if the epoch is over.
         """
@@ -98,8 +98,7 @@ class SenderLink:
             raise Cancelled("the transfer has already ended")
         if transfer_id in self._transfers:
             raise AlreadyExists("the transfer is already offered")
-        deadline_s = self._clock.now() + OFFER_TIMEOUT_S
-        self._transfers[transfer_id] = Outgoing(transfer_id, num_tokens, deadline_s)
+        self._transfers[transfer_id] = Outgoing(transfer_id, num_tokens)
         return Offer(transfer_id=transfer_id, num_tokens=num_tokens)
 
     def enqueue(self, transfer_id: bytes, rectangles: Iterable[Rectangle]) -> None:
@@ -200,16 +199,14 @@ class SenderLink:
         return self._commit_if_sent(transfer)
 
     def expire(self) -> list[SenderAction]:
-        """End the transfers whose Offer or Commit was not answered in time."""
+        """End the transfers whose Commit was not acknowledged in time."""
         now = self._clock.now()
         late = [t for t in self._transfers.values() if t.deadline_s is not None and t.deadline_s <= now]
         actions: list[SenderAction] = []
         for transfer in late:
-            what = "Offer" if transfer.commit is None else "Commit"
+            reason = "the receiver did not acknowledge the Commit"
             if not self.retired:
-                cancel = Cancel(transfer_id=transfer.transfer_id, reason=f"{what} was not answered")
-                actions.append(Send(message=cancel))
-            reason = f"the receiver did not answer the {what}"
+                actions.append(Send(message=Cancel(transfer_id=transfer.transfer_id, reason=reason)))
             actions += self._fail(transfer.transfer_id, DEADLINE_EXCEEDED, reason, retryable=True)
         return actions
 

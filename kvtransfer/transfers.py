@@ -17,8 +17,8 @@ class Outgoing:
 
     transfer_id: bytes
     num_tokens: int
-    # An answer to the Offer or the Commit is due by then; None while none is awaited.
-    deadline_s: float | None
+    # The acknowledgement of the Commit is due by then; None before.
+    deadline_s: float | None = None
     machine: TransferMachine = field(default_factory=TransferMachine)
     ticket: int = 0
     first_block: int = 0
@@ -36,7 +36,6 @@ class Outgoing:
     def grant(self, reserved: Reserved, facts: KvFacts) -> None:
         """Take the ticket and drop what was enqueued for blocks that the receiver has."""
         self.ticket = reserved.ticket
-        self.deadline_s = None
         self.first_block = reserved.num_cached_tokens // facts.block_size
         self.coverage = Coverage(facts, self.first_block, num_blocks_of(self.num_tokens, facts.block_size))
         early = list(self.pending)

@@ -186,19 +186,22 @@ class PrefillLink:
             self._owner.failed(export.key, Unavailable(f"KV link: {error.message}", retryable=True))
 
     async def _epoch(self) -> None:
+        """One epoch from the connection to its end. Commits left over from the epoch before have this one
+        chance: if it does not come up, the receiver is gone and they fail with the others."""
+        repeated, self._unacknowledged = self._unacknowledged, ()
         async with rpc.channel(self._peer.address) as channel:
             stream = ControlStream(lambda: _read(call))
             call = kvlink_pb2_grpc.KvLinkServiceStub(channel).Open(_requests(stream))
             try:
-                await self._serve(stream)
+                await self._serve(stream, repeated)
             finally:
                 call.cancel()
 
-    async def _serve(self, stream: ControlStream) -> None:
+    async def _serve(self, stream: ControlStream, repeated: tuple[Unacknowledged, ...]) -> None:
         welcome = await self._shake_hands(stream)
         transport = await open_transport(welcome.transport, 0, stream, self._parts.settings)
         link = SenderLink(facts=self._parts.facts, welcome=welcome, clock=self._clock, ended=self._ended)
-        for action in link.adopt(self._unacknowledged):
+        for action in link.adopt(repeated):
             stream.post(action.message)
         failure = Failure()
         pump = SenderPump(
@@ -212,7 +215,7 @@ class PrefillLink:
         )
         moved = ByteCount(pump, self._parts.metrics.transfer_bytes)
         self._count = moved.update
-        self._begin(pump, welcome)
+        self._begin(pump, welcome, {item.commit.transfer_id for item in repeated})
         logger.info(
             "link to %s is up: epoch %d over %s", self._peer.worker_id, welcome.epoch, welcome.transport
         )
@@ -240,11 +243,10 @@ class PrefillLink:
         require_usable(welcome, hello, max_slab_bytes=MAX_SLAB_BYTES)
         return welcome
 
-    def _begin(self, pump: SenderPump, welcome: m.Welcome) -> None:
+    def _begin(self, pump: SenderPump, welcome: m.Welcome, repeated: set[bytes]) -> None:
         self._slab_bytes = welcome.frame_sizes[0]
         self._pump = pump
         pump.start()
-        repeated = {item.commit.transfer_id for item in self._unacknowledged}
         for export in [export for export in self._exports.values() if export.transfer_id not in repeated]:
             self._offer(pump, export)
 

@@ -62,6 +62,7 @@ class Attachment:
         self._frames: dict[tuple[int, int, int], pb.TokenFrame] = {}
         self._ends: list[pb.AttemptEnd] = []
         self._wake = asyncio.Event()
+        self._wake.set()  # the first event tells the gateway at once that the stream is up
 
     def add(self, update: TokenUpdate) -> None:
         """Queue an update; tokens of one choice that were not yet sent become one frame."""

@@ -224,13 +224,22 @@ async def test_errors_name_the_field() -> None:
 
 @pytest.mark.parametrize(
     "content",
-    [b"{", b"[1]", b"nul", b'{"prompt": [1], "temperature": NaN}', b'{"prompt": "\xff"}', b"[" * 5000, b""],
+    [b"{", b"[1]", b"nul", b'{"prompt": "\xff"}', b"[" * 5000, b'{"a":' * 100000, b""],
 )
 async def test_broken_bodies(content: bytes) -> None:
     async with cluster(*PAIR) as made, http(made) as client:
         response = await client.post("/v1/completions", content=content)
         assert response.status_code == 400, response.text
         assert response.json()["error"]["type"] == "invalid_request_error"
+
+
+@pytest.mark.parametrize("number", ["NaN", "Infinity", "-Infinity", "1e999"])
+async def test_numbers_that_json_does_not_have_name_their_field(number: str) -> None:
+    async with cluster(*PAIR) as made, http(made) as client:
+        for field in ("temperature", "top_p", "max_tokens"):
+            content = f'{{"prompt": [1], "{field}": {number}}}'
+            response = await client.post("/v1/completions", content=content)
+            assert (response.status_code, response.json()["error"]["param"]) == (400, field)
 
 
 async def test_infinite_number_and_large_body() -> None:

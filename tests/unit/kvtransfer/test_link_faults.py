@@ -25,7 +25,7 @@ from kvtransfer.sender import SenderLink
 from kvtransfer.states import Tombstones, TransferState
 from runtime.clock import ManualClock
 from runtime.errors import AlreadyExists, Cancelled, InvalidRequest, Unavailable
-from runtime.limits import COMMIT_TIMEOUT_S, LINK_TIMEOUT_S, RESERVE_TIMEOUT_S
+from runtime.limits import COMMIT_TIMEOUT_S, RESERVE_TIMEOUT_S
 from tests.unit.kvtransfer.harness import FACTS, TOKEN, WELCOME, Harness
 
 ID = b"id"
@@ -260,14 +260,22 @@ def test_a_rejection_ends_the_offer(sender):
     sender.check()
 
 
-def test_an_unanswered_offer_expires():
+def test_an_offer_that_nobody_asked_for_expires_and_a_known_one_waits_for_room():
     clock = ManualClock()
     sender = SenderLink(facts=FACTS, welcome=WELCOME, clock=clock)
-    sender.offer(ID, 5)
-    clock.advance(LINK_TIMEOUT_S + 0.1)
-    cancel, failed = sender.expire()
-    assert isinstance(cancel.message, Cancel)
-    assert failed.retryable
+    receiver = ReceiverLink(facts=FACTS, welcome=WELCOME, clock=clock)
+    for transfer_id in (b"known", b"unknown"):
+        receiver.on_message(sender.offer(transfer_id, 5))
+    receiver.hold(b"known")
+    receiver.hold(b"never offered")
+    clock.advance(RESERVE_TIMEOUT_S + 0.1)
+    (rejected,) = receiver.expire()
+    assert sender.expire() == []
+    (failed,) = sender.on_message(rejected.message)
+    assert (failed.transfer_id, failed.retryable) == (b"unknown", True)
+    assert receiver.reserve(b"known", 3, 0).transfer_id == b"known"
+    receiver.check()
+    sender.check()
 
 
 def test_a_cached_prefix_does_not_travel_and_credits_bound_the_frames(sender):

@@ -61,6 +61,7 @@ async def started(hub: AttachHub, *requests: int) -> Gateway:
     gateway.hello()
     for request in requests:
         gateway.submit(request)
+    await anext(gateway.events)
     event = await anext(gateway.events)
     assert event.load.blocks_total == 7
     return gateway
@@ -119,6 +120,7 @@ async def test_a_refused_submit_is_one_failed_end() -> None:
     hub, handler = hub_and_handler()
     handler.refuse = True
     gateway = Gateway(hub)
+    await anext(gateway.events)
     gateway.hello()
     gateway.submit(3)
     gateway.send(submit=pb.Submit(request=4, attempt=1, transfer_id=b"short"))
@@ -144,6 +146,7 @@ async def test_a_draining_worker_refuses_as_retryable() -> None:
     hub, _ = hub_and_handler()
     hub.draining = True
     gateway = Gateway(hub)
+    await anext(gateway.events)
     gateway.hello()
     gateway.submit(3)
     event = await anext(gateway.events)
