@@ -64,6 +64,23 @@ class ModelLimits:
     """Sampling defaults of generation_config.json, by field of SamplingParams."""
 
 
+UNSUPPORTED = frozenset(
+    {
+        "typical_p",
+        "allowed_token_ids",
+        "bad_words",
+        "prompt_logprobs",
+        "n",
+        "best_of",
+        "use_beam_search",
+        "length_penalty",
+        "early_stopping",
+        "structured_output",
+    }
+)
+"""Fields of SamplingParams that are refused."""
+
+
 def complete_sampling(
     asked: pb.SamplingParams,
     limits: ModelLimits,
@@ -97,6 +114,7 @@ def _complete(
     draw_seed: Callable[[], int],
     default_max_tokens: int | None,
 ) -> pb.SamplingParams:
+    _refuse_unsupported(asked)
     full = pb.SamplingParams()
     full.CopyFrom(asked)
     full.max_tokens = _max_tokens(asked, limits, num_prompt_tokens, default_max_tokens)
@@ -118,6 +136,13 @@ def _complete(
             f"logprobs must be at most {MAX_LOGPROBS}, got {full.logprobs}", field="logprobs"
         )
     return full
+
+
+def _refuse_unsupported(asked: pb.SamplingParams) -> None:
+    """What the workers do not do yet is an error, not a silent default."""
+    for descriptor, _ in asked.ListFields():
+        if descriptor.name in UNSUPPORTED:
+            raise InvalidRequest(f"{descriptor.name} is not supported", field=descriptor.name)
 
 
 def _max_tokens(

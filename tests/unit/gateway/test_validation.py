@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from gateway.validation import ModelLimits, check_prompt, complete_sampling
+from gateway.validation import UNSUPPORTED, ModelLimits, check_prompt, complete_sampling
 from protos.tandem.v1 import common_pb2 as pb
 from runtime.errors import ContextLengthExceeded, InvalidRequest
 
@@ -23,7 +23,7 @@ def test_every_field_is_set() -> None:
     assert (neutral.temperature, neutral.top_p, neutral.top_k, neutral.min_p) == (1, 1, 0, 0)
     assert neutral.repetition_penalty == 1
     for name in pb.SamplingParams.DESCRIPTOR.fields_by_name:
-        if name not in ("logprobs",) and neutral.DESCRIPTOR.fields_by_name[name].has_presence:
+        if name not in UNSUPPORTED | {"logprobs"} and neutral.DESCRIPTOR.fields_by_name[name].has_presence:
             assert neutral.HasField(name), name
 
 
@@ -83,3 +83,14 @@ def test_prompt(token_ids: list[int]) -> None:
         check_prompt(token_ids, LIMITS)
     assert raised.value.field == "prompt"
     check_prompt([0, 49], LIMITS)
+
+
+@pytest.mark.parametrize("name", sorted(UNSUPPORTED))
+def test_what_is_not_supported_is_refused_by_name(name: str) -> None:
+    values: dict[str, Any] = {
+        "structured_output": pb.StructuredOutput(json_object=True),
+        "bad_words": ["x"],
+        "allowed_token_ids": [1],
+    }
+    with pytest.raises(InvalidRequest, match=f"{name} is not supported"):
+        complete(**{name: values.get(name, 1)})
