@@ -5,6 +5,7 @@ they come by `submit` with `prefill_only` and stay until `release`.
 """
 
 from collections.abc import Hashable, Iterator
+from itertools import chain
 
 from engine.config import EngineConfig
 from engine.kv_cache import KvCache
@@ -158,6 +159,8 @@ class Engine:
             ("prompt", request.tokens(0, request.num_tokens)),
             ("stop_token_ids", params.stop_token_ids),
             ("logit_bias", tuple(params.logit_bias)),
+            ("allowed_token_ids", params.allowed_token_ids),
+            ("bad_words", tuple(chain.from_iterable(params.bad_words))),
         ):
             if token_ids and not (min(token_ids) >= 0 and max(token_ids) < vocab_size):
                 raise InvalidRequest(f"{field}: token ids must be in [0, {vocab_size})", field=field)

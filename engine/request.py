@@ -58,6 +58,7 @@ RULES: Mapping[str, tuple[Callable[[float], bool], str]] = {
     "top_p": (lambda value: 0 < value <= 1, "in (0, 1]"),
     "top_k": (lambda value: value >= -1, "at least -1"),
     "min_p": (lambda value: 0 <= value <= 1, "in [0, 1]"),
+    "typical_p": (lambda value: 0 < value <= 1, "in (0, 1]"),
     "repetition_penalty": (lambda value: 0 < value < math.inf, "greater than 0 and finite"),
     "presence_penalty": (math.isfinite, "finite"),
     "frequency_penalty": (math.isfinite, "finite"),
@@ -79,6 +80,8 @@ class SamplingParams:
     top_k: int = 0
     """0 or -1 keeps every token."""
     min_p: float = 0.0
+    typical_p: float = 1.0
+    """Locally typical sampling (Meister et al. 2022)."""
     repetition_penalty: float = 1.0
     """Counts prompt and output (Keskar et al. 2019)."""
     presence_penalty: float = 0.0
@@ -89,8 +92,14 @@ class SamplingParams:
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
     logit_bias: Mapping[int, float] = field(default_factory=dict)
+    allowed_token_ids: tuple[int, ...] = ()
+    """If not empty, no other token is sampled."""
+    bad_words: tuple[tuple[int, ...], ...] = ()
+    """Token sequences that are never completed, not even one that the prompt began."""
     logprobs: int | None = None
     """Report the log-probability of each token and of this many likeliest alternatives."""
+    edits_logits: bool = field(init=False)
+    """Something changes single logits before the temperature does; all others take the fast path."""
 
     def __post_init__(self) -> None:
         for name, (holds, rule) in RULES.items():
@@ -100,11 +109,24 @@ class SamplingParams:
             raise InvalidRequest("logit_bias values must be finite", field="logit_bias")
         if self.logprobs is not None and self.logprobs < 0:
             raise InvalidRequest(f"logprobs must be at least 0, got {self.logprobs}", field="logprobs")
+        if not all(self.bad_words):
+            raise InvalidRequest("bad_words: a sequence must have at least one token", field="bad_words")
+        object.__setattr__(self, "edits_logits", self._edits_logits())
 
     @property
     def greedy(self) -> bool:
         """No noise: the likeliest token wins."""
         return self.temperature < MIN_TEMPERATURE
+
+    @property
+    def penalizes_output(self) -> bool:
+        """A presence or a frequency penalty is set."""
+        return self.presence_penalty != 0 or self.frequency_penalty != 0
+
+    def _edits_logits(self) -> bool:
+        penalizes = self.penalizes_output or self.repetition_penalty != 1
+        restricts = self.min_tokens > 0 or self.allowed_token_ids or self.bad_words
+        return bool(penalizes or restricts or self.logit_bias)
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,7 +138,7 @@ class TokenLogprob:
     """Likeliest tokens with their log-probabilities, best first; as many as were asked for."""
 
 
-@dataclass(eq=False, kw_only=True, slots=True)
+@dataclass(eq=False, kw_only=True, slots=True, weakref_slot=True)
 class Request:
     """One sequence with its cursor and its blocks. The engine alone changes it after submission."""
 

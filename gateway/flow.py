@@ -19,7 +19,7 @@ from gateway.fleet import Fleet
 from gateway.metrics import GatewayMetrics, RequestMeter, outcome_of
 from gateway.model import ServedModel
 from gateway.output import Delta, TextOutput
-from gateway.prompts import Messages, tokenize
+from gateway.prompts import Messages, bad_word_token_ids, tokenize
 from gateway.run import Prepared, RequestRun
 from gateway.validation import ModelLimits, check_prompt, complete_sampling
 from protos.tandem.v1 import common_pb2 as pb
@@ -212,6 +212,7 @@ class Flow:
             request_id=live.request_id,
             prompt_token_ids=token_ids,
             sampling=sampling,
+            bad_words=bad_word_token_ids(self.model.tokenizer, sampling.bad_words),
             deadline=asyncio.get_running_loop().time() + left_s,
             traceparent=asked.traceparent,
         )

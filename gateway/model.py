@@ -12,7 +12,7 @@ from gateway.validation import FLOAT_RANGES, ModelLimits
 from runtime.checkpoint_dir import file_hash
 from runtime.errors import CheckpointError, InvalidRequest, NotFound
 
-DEFAULT_FIELDS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+DEFAULT_FIELDS = ("temperature", "top_p", "top_k", "min_p", "typical_p", "repetition_penalty")
 """Fields of generation_config.json that a request inherits, as in vLLM."""
 
 

@@ -32,6 +32,7 @@ FLOAT_FIELDS = (
     "temperature",
     "top_p",
     "min_p",
+    "typical_p",
     "repetition_penalty",
     "presence_penalty",
     "frequency_penalty",
@@ -41,7 +42,7 @@ BOOL_FIELDS = ("ignore_eos", "include_stop_str_in_output")
 COMMON_FIELDS = frozenset(
     {*INT_FIELDS, *FLOAT_FIELDS, *BOOL_FIELDS}
     | {"model", "stream", "stream_options", "stop", "stop_token_ids", "logit_bias", "logprobs"}
-    | {"return_token_ids", "request_id"}
+    | {"allowed_token_ids", "bad_words", "return_token_ids", "request_id"}
 )
 
 HARMLESS_FIELDS = frozenset(
@@ -194,6 +195,9 @@ def _sampling(body: Body) -> pb.SamplingParams:
         sampling.stop_token_ids.extend(get_token_ids(body, "stop_token_ids"))
     for token_id, bias in _logit_bias(body).items():
         sampling.logit_bias[token_id] = bias
+    if body.get("allowed_token_ids") is not None:
+        sampling.allowed_token_ids.extend(_allowed_token_ids(body))
+    sampling.bad_words.extend(_bad_words(body))
     return sampling
 
 
@@ -245,6 +249,20 @@ def _stops(body: Body) -> list[str]:
     if not isinstance(stops, list) or not all(isinstance(stop, str) for stop in stops):
         raise InvalidRequest("stop must be a string or a list of strings", field="stop")
     return stops
+
+
+def _allowed_token_ids(body: Body) -> list[int]:
+    token_ids = get_token_ids(body, "allowed_token_ids")
+    if not token_ids:
+        raise InvalidRequest("allowed_token_ids must not be empty", field="allowed_token_ids")
+    return token_ids
+
+
+def _bad_words(body: Body) -> list[str]:
+    words = _typed(body, "bad_words", list, "a list of strings") or []
+    if not all(isinstance(word, str) for word in words):
+        raise InvalidRequest("bad_words must be a list of strings", field="bad_words")
+    return words
 
 
 def _logit_bias(body: Body) -> dict[int, float]:

@@ -2,10 +2,11 @@
 
 import asyncio
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 from gateway.chat_template import MAX_RENDER_S
 from gateway.model import ServedModel
+from gateway.tokenizer import TextTokenizer
 from runtime.errors import ContextLengthExceeded, InvalidRequest
 
 LARGE_TEXT_CHARS = 4096
@@ -71,6 +72,13 @@ async def _tokenize_messages(model: ServedModel, messages: Messages) -> list[int
         raise InvalidRequest("the chat template takes too long", field="messages") from None
     finally:
         gave_up.set()
+
+
+def bad_word_token_ids(tokenizer: TextTokenizer, words: Sequence[str]) -> list[list[int]]:
+    """Token sequences of words that must not be generated, at the start and in the middle of a text."""
+    spellings = [prefix + word.lstrip() for word in words for prefix in ("", " ")]
+    sequences = (tuple(tokenizer.encode_text(text, add_special_tokens=False)) for text in spellings)
+    return [list(sequence) for sequence in dict.fromkeys(sequences) if sequence]
 
 
 async def _off_loop(num_chars: int, work: Callable[[], list[int]]) -> list[int]:

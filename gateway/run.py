@@ -11,7 +11,7 @@
 import asyncio
 import logging
 import secrets
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, replace
 
@@ -47,6 +47,8 @@ class Prepared:
     """Not empty, inside the vocabulary."""
     sampling: pb.SamplingParams
     """Complete."""
+    bad_words: Sequence[Sequence[int]] = ()
+    """Token sequences of `sampling.bad_words`."""
     deadline: float
     """On the event loop's clock."""
     traceparent: str
@@ -210,6 +212,7 @@ class RequestRun:
             transfer_id=secrets.token_bytes(16),
             prompt_token_ids=self._request.prompt_token_ids,
             sampling=self._request.sampling,
+            bad_words=[pb.TokenSequence(token_ids=word) for word in self._request.bad_words],
             timeout_ms=max(int(left_s * 1000), 1),
             traceparent=self._request.traceparent,
         )

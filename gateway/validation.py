@@ -15,6 +15,8 @@ MAX_STOP_BYTES = 256
 MAX_STOP_TOKEN_IDS = 256
 MAX_LOGPROBS = 20
 MAX_LOGIT_BIAS = 300
+MAX_BAD_WORDS = 32
+MAX_BAD_WORD_BYTES = 256
 
 GREEDY_BELOW = 1e-4
 """A positive temperature under this is greedy: logits divided by it would overflow."""
@@ -44,6 +46,7 @@ FLOAT_RANGES: Mapping[str, FloatRange] = {
     "temperature": FloatRange(low=0, high=2, neutral=1),
     "top_p": FloatRange(low=0, high=1, neutral=1, low_open=True),
     "min_p": FloatRange(low=0, high=1, neutral=0),
+    "typical_p": FloatRange(low=0, high=1, neutral=1, low_open=True),
     "repetition_penalty": FloatRange(low=0, high=100, neutral=1, low_open=True),
     "presence_penalty": FloatRange(low=-2, high=2, neutral=0),
     "frequency_penalty": FloatRange(low=-2, high=2, neutral=0),
@@ -66,9 +69,6 @@ class ModelLimits:
 
 UNSUPPORTED = frozenset(
     {
-        "typical_p",
-        "allowed_token_ids",
-        "bad_words",
         "prompt_logprobs",
         "n",
         "best_of",
@@ -131,10 +131,9 @@ def _complete(
     _check_stops(full.stop)
     _check_token_ids(full.stop_token_ids, limits.vocab_size, "stop_token_ids", MAX_STOP_TOKEN_IDS)
     _check_logit_bias(full.logit_bias, limits.vocab_size)
-    if full.HasField("logprobs") and full.logprobs > MAX_LOGPROBS:
-        raise InvalidRequest(
-            f"logprobs must be at most {MAX_LOGPROBS}, got {full.logprobs}", field="logprobs"
-        )
+    _check_token_ids(full.allowed_token_ids, limits.vocab_size, "allowed_token_ids", limits.vocab_size)
+    _check_bad_words(full.bad_words)
+    _check_logprobs(full, "logprobs")
     return full
 
 
@@ -189,6 +188,22 @@ def _check_stops(stops: Sequence[str]) -> None:
     for stop in stops:
         if not 1 <= len(stop.encode()) <= MAX_STOP_BYTES:
             raise InvalidRequest(f"stop: a string must have 1 to {MAX_STOP_BYTES} bytes", field="stop")
+
+
+def _check_bad_words(words: Sequence[str]) -> None:
+    if len(words) > MAX_BAD_WORDS:
+        raise InvalidRequest(f"bad_words: at most {MAX_BAD_WORDS} words, got {len(words)}", field="bad_words")
+    for word in words:
+        if not word.strip() or len(word.encode()) > MAX_BAD_WORD_BYTES:
+            raise InvalidRequest(
+                f"bad_words: a word must have 1 to {MAX_BAD_WORD_BYTES} bytes, not only spaces",
+                field="bad_words",
+            )
+
+
+def _check_logprobs(full: pb.SamplingParams, name: str) -> None:
+    if full.HasField(name) and getattr(full, name) > MAX_LOGPROBS:
+        raise InvalidRequest(f"{name} must be at most {MAX_LOGPROBS}, got {getattr(full, name)}", field=name)
 
 
 def _check_token_ids(token_ids: Sequence[int], vocab_size: int, name: str, max_ids: int) -> None:

@@ -16,3 +16,4 @@ paged_attention = attention.paged_attention
 checksum = checksums.checksum
 gumbel_noise = sampling.gumbel_noise
 sample = sampling.sample
+apply_bit_mask = sampling.apply_bit_mask

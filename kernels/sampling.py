@@ -1,4 +1,4 @@
-"""Counter-based noise and the choice of a token: argmax(logits + Gumbel noise).
+"""Counter-based noise and the choice of a token: argmax(logits + Gumbel noise); bit masks of tokens.
 
 The Gumbel-max trick draws from softmax(logits). Because the noise is a pure function of
 (seed, position, choice, token id), a request draws the same tokens in any batch, on any worker.
@@ -35,3 +35,15 @@ def sample(logits: Tensor, seeds: Tensor, positions: Tensor, choices: Tensor) ->
     seeds, positions, choices: int64 [num_rows].
     """
     return (logits + gumbel_noise(seeds, positions, choices, logits.shape[-1])).argmax(-1)
+
+
+def apply_bit_mask(logits: Tensor, rows: Tensor, masks: Tensor) -> None:
+    """Set logits to -inf, in place, where a row's mask has no bit; rows that are not named stay.
+
+    logits: [num_rows, vocab_size]; rows: int64 [k], distinct; masks: int32 [k, ceil(vocab_size / 32)],
+    the lowest token in the lowest bit.
+    """
+    shifts = torch.arange(32, dtype=torch.int32, device=masks.device)
+    bits = (masks.unsqueeze(-1) >> shifts).bitwise_and_(1).flatten(1)
+    excluded = bits[:, : logits.shape[-1]] == 0
+    logits.index_copy_(0, rows, logits.index_select(0, rows).masked_fill_(excluded, -torch.inf))

@@ -15,8 +15,9 @@ FINISH_REASONS = {
 }
 
 
-def to_sampling(params: pb.SamplingParams) -> SamplingParams:
+def to_sampling(submit: pb.Submit) -> SamplingParams:
     """Sampling of an attempt; the gateway has filled every field."""
+    params = submit.sampling
     return SamplingParams(
         max_tokens=params.max_tokens,
         min_tokens=params.min_tokens,
@@ -24,6 +25,7 @@ def to_sampling(params: pb.SamplingParams) -> SamplingParams:
         top_p=params.top_p,
         top_k=max(params.top_k, 0),
         min_p=params.min_p,
+        typical_p=params.typical_p,
         repetition_penalty=params.repetition_penalty,
         presence_penalty=params.presence_penalty,
         frequency_penalty=params.frequency_penalty,
@@ -31,6 +33,8 @@ def to_sampling(params: pb.SamplingParams) -> SamplingParams:
         stop_token_ids=tuple(params.stop_token_ids),
         ignore_eos=params.ignore_eos,
         logit_bias=dict(params.logit_bias),
+        allowed_token_ids=tuple(params.allowed_token_ids),
+        bad_words=tuple(tuple(word.token_ids) for word in submit.bad_words),
         logprobs=params.logprobs if params.HasField("logprobs") else None,
     )
 
@@ -42,7 +46,7 @@ def to_request(key: tuple[int, ...], submit: pb.Submit, *, prefill_only: bool) -
         key=key,
         prompt_token_ids=list(submit.prompt_token_ids),
         output_token_ids=emitted,
-        sampling=to_sampling(submit.sampling),
+        sampling=to_sampling(submit),
         prefill_only=prefill_only,
     )
 

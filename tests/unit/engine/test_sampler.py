@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from engine.request import Request, SamplingParams, TokenLogprob
-from engine.sampler import NOT_FINITE, Sampler
+from engine.sampler import NO_TOKEN, NOT_FINITE, Sampler
 from kernels import ops
 from runtime.errors import InvalidRequest
 
@@ -63,7 +63,7 @@ def test_presence_and_frequency_count_output_only():
     )
     want = torch.zeros(1, VOCAB)
     want[0, 3], want[0, 5] = -0.5 - 3 * 0.25, -0.5 - 0.25
-    torch.testing.assert_close(Sampler(())._process(logits, [request]), want)
+    torch.testing.assert_close(Sampler(())._edit(logits, [request]), want)
 
 
 def test_min_tokens_forbids_what_would_end_the_request():
@@ -107,6 +107,28 @@ def test_a_row_that_is_not_finite_fails_alone(bad, params):
     assert samples[0] == Sampler(()).sample(logits[:1], requests[:1])[0]
 
 
+@pytest.mark.parametrize("temperature", [0, 1])
+def test_a_row_without_any_allowed_token_fails_alone(temperature):
+    logits = logits_of(3)
+    params = {"temperature": temperature, "typical_p": 0.5, "logprobs": 1}
+    nothing = make_request(allowed_token_ids=(4,), bad_words=((4,),), **params)
+    requests = [make_request(**params), nothing, make_request(**params)]
+    samples = Sampler(()).sample(logits, requests)
+    assert [sample.error for sample in samples] == [None, NO_TOKEN, None]
+    assert samples[0] == Sampler(()).sample(logits[:1], requests[:1])[0]
+
+
+def test_an_end_token_is_no_bad_word():
+    logits = torch.zeros(1, VOCAB)
+    logits[0, 7] = 2.0
+    words = ((7,), (1, 2, 8), (9, 2, 3))
+    edited = [
+        Sampler(eos)._edit(logits, [make_request(prompt=(0, 1), outputs=(2,), bad_words=words)])
+        for eos in ((), (7,))
+    ]
+    assert [(row[0] == -torch.inf).nonzero().flatten().tolist() for row in edited] == [[7, 8], [8]]
+
+
 @pytest.mark.parametrize("temperature", [0.0, 1e-40, 1e-6])
 def test_a_vanishing_temperature_is_greedy(temperature):
     logits = logits_of(1)
@@ -124,6 +146,9 @@ def test_a_vanishing_temperature_is_greedy(temperature):
         ("top_p", 1.1),
         ("top_k", -2),
         ("min_p", 1.5),
+        ("typical_p", 0.0),
+        ("typical_p", 1.1),
+        ("bad_words", ((3,), ())),
         ("repetition_penalty", 0.0),
         ("presence_penalty", float("inf")),
         ("frequency_penalty", float("nan")),

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer
 
 from gateway.chat_template import ChatTemplate, load_chat_template
+from gateway.prompts import bad_word_token_ids
 from gateway.tokenizer import TextTokenizer
 from runtime.checkpoint_dir import bundled_model
 from runtime.errors import CheckpointError, InvalidRequest
@@ -118,3 +119,8 @@ def test_where_a_template_is_found(tmp_path: Path) -> None:
     (tmp_path / "chat_template.jinja").write_text("{% if %}")
     with pytest.raises(CheckpointError, match="valid Jinja"):
         load_chat_template(tmp_path, None)
+
+
+def test_bad_words_are_meant_with_and_without_a_space_before() -> None:
+    sequences = bad_word_token_ids(DEMO, ["cat", " cat", "return"])
+    assert [DEMO.decode(sequence) for sequence in sequences] == ["cat", " cat", "return", " return"]

@@ -34,6 +34,7 @@ def test_every_field_is_set() -> None:
         ("top_p", [1e-6, 1], [0, 1.001, NAN]),
         ("top_k", [-1, 0, 2**31 - 1], [-2]),
         ("min_p", [0, 1], [-0.1, 1.1, NAN]),
+        ("typical_p", [1e-6, 1], [0, 1.001, NAN]),
         ("repetition_penalty", [0.1, 100], [0, -1, 101, INF]),
         ("presence_penalty", [-2, 2], [-2.01, 2.01, NAN]),
         ("frequency_penalty", [-2, 2], [-2.01, 2.01, NAN]),
@@ -44,6 +45,8 @@ def test_every_field_is_set() -> None:
         ("stop_token_ids", [[49], [0]], [[50], [0] * 257]),
         ("logit_bias", [{49: 100, 0: -100}], [{50: 0}, {0: 100.5}, {0: NAN}]),
         ("logprobs", [0, 20], [21]),
+        ("allowed_token_ids", [[49], list(range(50))], [[50], [0] * 51]),
+        ("bad_words", [["a"] * 32, ["é" * 128], [" a "]], [["a"] * 33, [""], ["  "], ["é" * 128 + "a"]]),
     ],
 )
 def test_limits(field: str, good: list[Any], bad: list[Any]) -> None:
