@@ -27,7 +27,7 @@ from kvtransfer.messages import Commit
 from protos.tandem.v1 import common_pb2 as pb
 from protos.tandem.v1 import decode_pb2, decode_pb2_grpc, kvlink_pb2, kvlink_pb2_grpc
 from runtime.clock import SystemClock
-from runtime.errors import TandemError
+from runtime.errors import AlreadyExists, TandemError
 from worker.attach import AttemptKey
 from worker.convert import to_request
 from worker.main import WorkerParts
@@ -87,6 +87,8 @@ class DecodeRole:
         if not submit.HasField("peer"):
             self._bridge.post(key, lambda engine: engine.submit(request))
             return
+        if submit.transfer_id in self._incoming:
+            raise AlreadyExists("this transfer is already awaited", field="transfer_id")
         incoming = Incoming(key=key, transfer_id=submit.transfer_id, request=request)
         self._incoming[incoming.transfer_id] = incoming
         self._transfer_ids[key] = incoming.transfer_id
