@@ -19,6 +19,7 @@ from engine.request import FinishReason, Request, RequestState, TokenLogprob
 from engine.runner import Runner
 from engine.sampler import Sample
 from engine.scheduler import Scheduler
+from engine.structured import Grammars
 from runtime.errors import ContextLengthExceeded, InvalidRequest
 
 
@@ -35,7 +36,12 @@ class Engine:
             max_num_seqs=config.max_num_seqs,
             max_num_batched_tokens=config.max_num_batched_tokens,
         )
-        self._runner = Runner(model, self.kv_cache)
+        self.grammars = Grammars(
+            model.path / "tokenizer.json",
+            vocab_size=model.facts.vocab_size,
+            eos_token_ids=model.facts.eos_token_ids,
+        )
+        self._runner = Runner(model, self.kv_cache, self.grammars)
 
     def submit(self, request: Request) -> None:
         """Queue for local prefill, then decode unless prefill_only; InvalidRequest if it can never run."""
@@ -127,7 +133,12 @@ class Engine:
                 request=request, start_index=start_index, finish_reason=FinishReason.ERROR, error=sample.error
             )
         request.output_token_ids.append(sample.token_id)
-        reason, stop_token_id = judge(request, self.facts.eos_token_ids, self.facts.max_model_len)
+        reason, stop_token_id = judge(
+            request,
+            self.facts.eos_token_ids,
+            self.facts.max_model_len,
+            is_complete=self._is_complete(request),
+        )
         if reason is not None:
             self._retire(request)
         return StepOutput(
@@ -138,6 +149,9 @@ class Engine:
             finish_reason=reason,
             stop_token_id=stop_token_id,
         )
+
+    def _is_complete(self, request: Request) -> bool:
+        return request.sampling.grammar is not None and self._runner.sampler.completes(request)
 
     def _retire(self, request: Request) -> None:
         if request.state is not RequestState.HELD:
@@ -155,6 +169,8 @@ class Engine:
             )
         if len(request.output_token_ids) >= params.max_tokens:
             raise InvalidRequest("max_tokens have been emitted already", field="max_tokens")
+        if params.grammar is not None:
+            self.grammars.compile(params.grammar)
         for field, token_ids in (
             ("prompt", request.tokens(0, request.num_tokens)),
             ("stop_token_ids", params.stop_token_ids),

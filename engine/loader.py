@@ -57,6 +57,8 @@ class LoadedModel:
 
     module: Llama
     facts: ModelFacts
+    path: Path
+    """Directory of the checkpoint."""
 
 
 def load_model(path: Path, config: EngineConfig, *, progress: Progress | None = None) -> LoadedModel:
@@ -68,7 +70,8 @@ def load_model(path: Path, config: EngineConfig, *, progress: Progress | None = 
     weights = _load_weights(weight_table(model_config), stored, dtype, config.device, progress)
     module = Llama(model_config, weights, _rope_tables(model_config, max_model_len, config.device))
     model_hash = content_hash(canonical_json(raw_config), stored)
-    return LoadedModel(module=module, facts=_facts(model_config, model_hash, max_model_len, dtype))
+    facts = _facts(model_config, model_hash, max_model_len, dtype)
+    return LoadedModel(module=module, facts=facts, path=path)
 
 
 def _facts(config: LlamaConfig, model_hash: str, max_model_len: int, dtype: torch.dtype) -> ModelFacts:

@@ -1,7 +1,7 @@
 """Changes of single logits, each a sparse or masked pass over the rows that ask for it, in place.
 
 In the order of transformers' processors: logit bias, repetition penalty (then presence and frequency
-penalty, which transformers does not have), bad words and min_tokens, allowed tokens.
+penalty, which transformers does not have), bad words and min_tokens, allowed tokens and grammars.
 """
 
 from collections.abc import Sequence
@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from engine.request import Request
-from engine.sampler_state import SamplerState
+from engine.sampler_state import SamplerState, mask_words
+from engine.structured import fill_masks
 from kernels import ops
 
 EditedRow = tuple[int, Request, SamplerState]
@@ -24,7 +25,7 @@ def edit_logits(logits: Tensor, rows: Sequence[EditedRow]) -> None:
     add_logit_bias(logits, [row for row in rows if len(row[2].biases)])
     penalize(logits, [row for row in rows if row[2].counts is not None])
     forbid(logits, rows)
-    allow(logits, [row for row in rows if row[2].allowed is not None])
+    allow(logits, [row for row in rows if row[2].is_masked])
 
 
 def add_logit_bias(logits: Tensor, rows: Sequence[EditedRow]) -> None:
@@ -62,11 +63,24 @@ def forbid(logits: Tensor, rows: Sequence[EditedRow]) -> None:
 
 
 def allow(logits: Tensor, rows: Sequence[EditedRow]) -> None:
-    """Exclude all but the allowed tokens."""
-    masks = [state.allowed for _, _, state in rows if state.allowed is not None]
-    if masks:
+    """Exclude all but the allowed tokens and what a grammar lets follow."""
+    if rows:
+        masks = _masks([state for _, _, state in rows], mask_words(logits.shape[1]))
         indices = torch.tensor([row for row, _, _ in rows], dtype=torch.int64, device=logits.device)
-        ops.apply_bit_mask(logits, indices, _on_device(np.stack(masks), logits))
+        ops.apply_bit_mask(logits, indices, _on_device(masks, logits))
+
+
+def _masks(states: Sequence[SamplerState], num_words: int) -> NDArray[np.int32]:
+    masks = np.full((len(states), num_words), -1, dtype=np.int32)
+    constrained = [row for row, state in enumerate(states) if state.constraint is not None]
+    if constrained:
+        follows = np.empty((len(constrained), num_words), dtype=np.int32)
+        fill_masks([state.constraint for state in states if state.constraint is not None], follows)
+        masks[constrained] = follows
+    for mask, state in zip(masks, states, strict=True):
+        if state.allowed is not None:
+            mask &= state.allowed
+    return masks
 
 
 def _places(logits: Tensor, ids_of_rows: Sequence[tuple[int, NDArray[np.int64]]]) -> Tensor:

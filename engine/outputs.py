@@ -50,14 +50,19 @@ class EngineLoad:
 
 
 def judge(
-    request: Request, eos_token_ids: Collection[int], max_model_len: int
+    request: Request, eos_token_ids: Collection[int], max_model_len: int, *, is_complete: bool = False
 ) -> tuple[FinishReason | None, int | None]:
-    """Whether the last output token ends the request: (finish reason, stop token id)."""
+    """Whether the last output token ends the request: (finish reason, stop token id).
+
+    `is_complete`: nothing may follow it in the request's grammar.
+    """
     params, last = request.sampling, request.output_token_ids[-1]
     num_outputs = len(request.output_token_ids)
     stops = last in params.stop_token_ids or (not params.ignore_eos and last in eos_token_ids)
     if stops and num_outputs > params.min_tokens:
         return FinishReason.STOP, last
+    if is_complete:
+        return FinishReason.STOP, None
     if num_outputs >= params.max_tokens or request.num_tokens >= max_model_len:
         return FinishReason.LENGTH, None
     return None, None

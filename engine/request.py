@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from enum import Enum, auto
 
 from runtime.errors import InvalidRequest
+from runtime.grammars import Grammar
 
 
 class FinishReason(Enum):
@@ -94,6 +95,8 @@ class SamplingParams:
     logit_bias: Mapping[int, float] = field(default_factory=dict)
     allowed_token_ids: tuple[int, ...] = ()
     """If not empty, no other token is sampled."""
+    grammar: Grammar | None = None
+    """What the output's text must match; a text that nothing may follow ends the request."""
     bad_words: tuple[tuple[int, ...], ...] = ()
     """Token sequences that are never completed, not even one that the prompt began."""
     logprobs: int | None = None
@@ -125,7 +128,7 @@ class SamplingParams:
 
     def _edits_logits(self) -> bool:
         penalizes = self.penalizes_output or self.repetition_penalty != 1
-        restricts = self.min_tokens > 0 or self.allowed_token_ids or self.bad_words
+        restricts = self.min_tokens > 0 or self.allowed_token_ids or self.bad_words or self.grammar
         return bool(penalizes or restricts or self.logit_bias)
 
 

@@ -9,15 +9,16 @@ from engine.kv_cache import KvCache
 from engine.loader import LoadedModel
 from engine.plan import Scheduled
 from engine.sampler import Sample, Sampler
+from engine.structured import Grammars
 
 
 class Runner:
     """The model, its KV cache and its sampler on one device."""
 
-    def __init__(self, model: LoadedModel, kv_cache: KvCache) -> None:
+    def __init__(self, model: LoadedModel, kv_cache: KvCache, grammars: Grammars) -> None:
         self._module = model.module
         self._kv_cache = kv_cache
-        self._sampler = Sampler(model.facts.eos_token_ids)
+        self.sampler = Sampler(model.facts.eos_token_ids, model.facts.vocab_size, grammars)
 
     @torch.inference_mode()
     def run(self, plan: Sequence[Scheduled]) -> list[Sample]:
@@ -32,4 +33,4 @@ class Runner:
         if not requests:
             return []
         logits = self._module.logits(hidden.index_select(0, batch.sample_rows))
-        return self._sampler.sample(logits[: batch.num_samples], requests)
+        return self.sampler.sample(logits[: batch.num_samples], requests)

@@ -14,6 +14,7 @@ from torch import Tensor
 from engine.logit_edits import edit_logits
 from engine.request import Request, SamplingParams, TokenLogprob
 from engine.sampler_state import SamplerState
+from engine.structured import Grammars
 from engine.warpers import warp
 from kernels import ops
 
@@ -36,8 +37,12 @@ ERRORS = (NOT_FINITE, NO_TOKEN)
 class Sampler:
     """Chooses the next token of each request."""
 
-    def __init__(self, eos_token_ids: Sequence[int]) -> None:
+    def __init__(
+        self, eos_token_ids: Sequence[int], vocab_size: int, grammars: Grammars | None = None
+    ) -> None:
         self._eos_token_ids = tuple(eos_token_ids)
+        self._vocab_size = vocab_size
+        self._grammars = grammars
         self._states: WeakKeyDictionary[Request, SamplerState] = WeakKeyDictionary()
 
     def sample(self, logits: Tensor, requests: Sequence[Request]) -> list[Sample]:
@@ -58,10 +63,15 @@ class Sampler:
             for (token_id, usable), logprob in zip(chosen, logprobs, strict=True)
         ]
 
+    def completes(self, request: Request) -> bool:
+        """The request's output matches its grammar and nothing may follow it."""
+        constraint = self._state(request).constraint
+        return constraint is not None and constraint.complete
+
     def _edit(self, logits: Tensor, requests: Sequence[Request]) -> Tensor:
         """The logits with every edit of single ones, on a copy if there is any."""
         rows = [
-            (row, request, self._state(request, logits.shape[1]))
+            (row, request, self._state(request))
             for row, request in enumerate(requests)
             if request.sampling.edits_logits
         ]
@@ -70,10 +80,11 @@ class Sampler:
             edit_logits(logits, rows)
         return logits
 
-    def _state(self, request: Request, vocab_size: int) -> SamplerState:
+    def _state(self, request: Request) -> SamplerState:
         state = self._states.get(request)
         if state is None:
-            state = self._states[request] = SamplerState(request, self._eos_token_ids, vocab_size)
+            state = SamplerState(request, self._eos_token_ids, self._vocab_size, self._grammars)
+            self._states[request] = state
         state.catch_up(request)
         return state
 

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engine.request import Request
+from engine.structured import Constraint, Grammars
 from engine.token_counts import TokenCounts
 
 Ids = NDArray[np.int64]
@@ -20,7 +21,13 @@ NO_IDS: Ids = np.zeros(0, dtype=np.int64)
 class SamplerState:
     """Of one request whose parameters edit logits."""
 
-    def __init__(self, request: Request, eos_token_ids: Sequence[int], vocab_size: int) -> None:
+    def __init__(
+        self,
+        request: Request,
+        eos_token_ids: Sequence[int],
+        vocab_size: int,
+        grammars: Grammars | None = None,
+    ) -> None:
         params = request.sampling
         self.bias_ids = as_ids(tuple(params.logit_bias))
         self.biases = np.array(tuple(params.logit_bias.values()), dtype=np.float32)
@@ -30,6 +37,11 @@ class SamplerState:
             self.counts = TokenCounts(request.prompt_token_ids if params.repetition_penalty != 1 else ())
         self.allowed = pack_mask(params.allowed_token_ids, vocab_size) if params.allowed_token_ids else None
         """Bit mask of the tokens that may be sampled, int32 [mask_words(vocab_size)]; None: all."""
+        self.constraint: Constraint | None = None
+        """Set if there is a grammar."""
+        if params.grammar is not None:
+            assert grammars is not None
+            self.constraint = grammars.start(params.grammar)
         self._end_ids = as_ids(params.stop_token_ids + (() if params.ignore_eos else tuple(eos_token_ids)))
         ends = {(token_id,) for token_id in eos_token_ids}
         words = [word for word in params.bad_words if word not in ends]
@@ -37,10 +49,17 @@ class SamplerState:
         self._bad_words = [word for word in words if len(word) > 1]
         self._num_outputs = 0
 
+    @property
+    def is_masked(self) -> bool:
+        """Only some tokens may be sampled."""
+        return self.allowed is not None or self.constraint is not None
+
     def catch_up(self, request: Request) -> None:
         """Take in the output tokens that are new since the last call."""
         if self.counts is not None:
             self.counts.emit(request.output_token_ids[self._num_outputs :])
+        if self.constraint is not None:
+            self.constraint.catch_up(request.output_token_ids)
         self._num_outputs = len(request.output_token_ids)
 
     def forbidden(self, request: Request) -> list[Ids]:

@@ -103,8 +103,8 @@ def test_every_combination_equals_transformers_and_rows_do_not_mix(batch, seed):
         torch.testing.assert_close(edited[row], want_edited[0])
         if want_edited.isfinite().any():
             torch.testing.assert_close(warped[row], want_warped[0])
-    alone = [Sampler(EOS).sample(logits[row : row + 1], [each])[0] for row, each in enumerate(batch)]
-    assert Sampler(EOS).sample(logits, batch) == alone
+    alone = [Sampler(EOS, VOCAB).sample(logits[row : row + 1], [each])[0] for row, each in enumerate(batch)]
+    assert Sampler(EOS, VOCAB).sample(logits, batch) == alone
 
 
 @settings(max_examples=40, deadline=None)
@@ -134,7 +134,7 @@ def test_draws_follow_the_warped_distribution():
     ]
     logits = random_logits(1, 1) / 2
     drawn = torch.tensor(
-        [each.token_id for each in Sampler(EOS).sample(logits.expand(len(batch), -1), batch)]
+        [each.token_id for each in Sampler(EOS, VOCAB).sample(logits.expand(len(batch), -1), batch)]
     )
     probs = reference(logits, batch[0])[1][0].softmax(0)
     kept = probs > 0

@@ -11,7 +11,8 @@ from engine.engine import Engine
 from engine.loader import load_model
 from engine.models.rope import rope_tables
 from engine.request import Request, SamplingParams
-from engine.sampler import Sampler, warp
+from engine.sampler import Sampler
+from engine.warpers import warp
 from kernels import ops
 
 torch.set_num_threads(1)
@@ -285,7 +286,7 @@ def test_the_sampler_processes_logits_as_transformers_does(transformers):
             Request(key=row, prompt_token_ids=tokens[:22], output_token_ids=tokens[22:], sampling=params)
         )
     untouched = logits.clone()
-    got = warp(Sampler((2,))._process(logits, requests), [request.sampling for request in requests])
+    got = warp(Sampler((2,), 120)._edit(logits, requests), [request.sampling for request in requests])
     assert torch.equal(logits, untouched)
     for row, request in enumerate(requests):
         want = processed(

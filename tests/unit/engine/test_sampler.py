@@ -24,7 +24,7 @@ def logits_of(num_rows):
 
 
 def token_ids(logits, requests):
-    return [sample.token_id for sample in Sampler((0,)).sample(logits, requests)]
+    return [sample.token_id for sample in Sampler((0,), VOCAB).sample(logits, requests)]
 
 
 def test_a_greedy_tie_goes_to_the_lowest_id():
@@ -51,9 +51,9 @@ def test_a_row_does_not_depend_on_its_batch_mates():
         make_request(seed=5, min_p=0.2, logit_bias={3: 4.0}, min_tokens=3),
     ]
     logits = logits_of(len(requests))
-    together = Sampler((0,)).sample(logits, requests)
+    together = Sampler((0,), VOCAB).sample(logits, requests)
     for row, request in enumerate(requests):
-        assert Sampler((0,)).sample(logits[row : row + 1], [request]) == [together[row]]
+        assert Sampler((0,), VOCAB).sample(logits[row : row + 1], [request]) == [together[row]]
 
 
 def test_presence_and_frequency_count_output_only():
@@ -63,7 +63,7 @@ def test_presence_and_frequency_count_output_only():
     )
     want = torch.zeros(1, VOCAB)
     want[0, 3], want[0, 5] = -0.5 - 3 * 0.25, -0.5 - 0.25
-    torch.testing.assert_close(Sampler(())._edit(logits, [request]), want)
+    torch.testing.assert_close(Sampler((), VOCAB)._edit(logits, [request]), want)
 
 
 def test_min_tokens_forbids_what_would_end_the_request():
@@ -85,7 +85,7 @@ def test_logprobs_are_of_the_untouched_distribution():
         make_request(temperature=0),
         make_request(temperature=0, logprobs=0),
     ]
-    first, second, third = Sampler(()).sample(logits, requests)
+    first, second, third = Sampler((), VOCAB).sample(logits, requests)
     raw = logits.log_softmax(-1)
     assert first.token_id == 4
     assert first.logprob.logprob == pytest.approx(float(raw[0, 4]))
@@ -102,9 +102,9 @@ def test_a_row_that_is_not_finite_fails_alone(bad, params):
     logits = logits_of(3)
     logits[1, 7] = bad
     requests = [make_request(**params) for _ in range(3)]
-    samples = Sampler(()).sample(logits, requests)
+    samples = Sampler((), VOCAB).sample(logits, requests)
     assert [sample.error for sample in samples] == [None, NOT_FINITE, None]
-    assert samples[0] == Sampler(()).sample(logits[:1], requests[:1])[0]
+    assert samples[0] == Sampler((), VOCAB).sample(logits[:1], requests[:1])[0]
 
 
 @pytest.mark.parametrize("temperature", [0, 1])
@@ -113,9 +113,9 @@ def test_a_row_without_any_allowed_token_fails_alone(temperature):
     params = {"temperature": temperature, "typical_p": 0.5, "logprobs": 1}
     nothing = make_request(allowed_token_ids=(4,), bad_words=((4,),), **params)
     requests = [make_request(**params), nothing, make_request(**params)]
-    samples = Sampler(()).sample(logits, requests)
+    samples = Sampler((), VOCAB).sample(logits, requests)
     assert [sample.error for sample in samples] == [None, NO_TOKEN, None]
-    assert samples[0] == Sampler(()).sample(logits[:1], requests[:1])[0]
+    assert samples[0] == Sampler((), VOCAB).sample(logits[:1], requests[:1])[0]
 
 
 def test_an_end_token_is_no_bad_word():
@@ -123,7 +123,7 @@ def test_an_end_token_is_no_bad_word():
     logits[0, 7] = 2.0
     words = ((7,), (1, 2, 8), (9, 2, 3))
     edited = [
-        Sampler(eos)._edit(logits, [make_request(prompt=(0, 1), outputs=(2,), bad_words=words)])
+        Sampler(eos, VOCAB)._edit(logits, [make_request(prompt=(0, 1), outputs=(2,), bad_words=words)])
         for eos in ((), (7,))
     ]
     assert [(row[0] == -torch.inf).nonzero().flatten().tolist() for row in edited] == [[7, 8], [8]]
