@@ -1,32 +1,54 @@
-"""Gives requests their blocks: the one object through which KV memory is allocated and freed."""
+"""Gives requests their blocks: the one object through which KV memory is allocated and freed.
+
+The life of a block:
+1. `admit` or `grow` hands it to a request, whose KV is written into it.
+2. `publish`: the block is full and its KV complete. From now on other requests may find it and share it.
+3. Its last user goes: a published block stays, idle; any other one is free.
+4. `_make_room` takes the block that has been idle longest when blocks run out.
+"""
 
 from collections import Counter
 from collections.abc import Iterable
 
+from engine.block_keys import KeyFunction, no_keys
 from engine.block_pool import BlockPool
+from engine.outputs import PrefixCacheStats
+from engine.radix_cache import BlockIds, RadixCache
 from engine.request import Request
 
 
 class BlockTables:
-    """The pools of all KV groups, equally large, and what requests hold of them.
+    """The pools of all KV groups, equally large, what requests hold of them, and the prefix cache.
 
-    A request's table has the same length in every group and is append-only until it is freed as a whole.
+    A request's table has the same length in every group and is append-only until it is freed as a whole,
+    but that a published block may be exchanged for one of equal content. Blocks that are published, and so
+    may be shared, are full: nobody writes into them again.
     """
 
-    def __init__(self, *, num_groups: int, num_blocks: int, block_size: int) -> None:
+    def __init__(
+        self, *, num_groups: int, num_blocks: int, block_size: int, keys: KeyFunction = no_keys
+    ) -> None:
         self.pools = [BlockPool(num_blocks) for _ in range(num_groups)]
         self.block_size = block_size
         self.num_blocks = num_blocks
+        self.stats = PrefixCacheStats()
+        self._keys = keys
+        self._cache = RadixCache()
 
     @property
     def num_free(self) -> int:
-        """Blocks that can be allocated now, in every group."""
-        return min(pool.num_free for pool in self.pools)
+        """Blocks that can be allocated now, in every group; idle ones give way."""
+        return min(pool.num_free + pool.num_idle for pool in self.pools)
 
     @property
     def num_used(self) -> int:
         """Blocks that requests hold, in the fullest group."""
         return max(pool.num_used for pool in self.pools)
+
+    @property
+    def num_cached(self) -> int:
+        """Blocks that nothing but the prefix cache holds."""
+        return self.pools[0].num_idle
 
     def blocks_for(self, num_tokens: int) -> int:
         """Blocks that hold this many tokens."""
@@ -37,26 +59,113 @@ class BlockTables:
         held = len(request.block_tables[0]) if request.block_tables else 0
         return max(self.blocks_for(num_tokens) - held, 0)
 
+    def cost(self, request: Request, max_cached_tokens: int) -> int:
+        """How many blocks less are free after `admit`: all but the cached ones that others use already."""
+        shared = sum(
+            self.pools[0].ref_count(block_ids[0]) > 0 for block_ids in self._match(request, max_cached_tokens)
+        )
+        return self.blocks_for(request.num_tokens) - shared
+
+    def admit(self, request: Request, max_cached_tokens: int) -> None:
+        """Give the request slots for all of its tokens; `cost` must be free.
+
+        Of its first `max_cached_tokens` tokens, whole blocks that are cached are shared, and pinned by that.
+        """
+        assert not request.block_tables
+        found = self._match(request, max_cached_tokens)
+        request.block_tables = [[block_ids[group] for block_ids in found] for group in range(len(self.pools))]
+        for pool, table in zip(self.pools, request.block_tables, strict=True):
+            pool.share(table)
+        request.num_published_blocks = len(found)
+        request.num_cached_tokens = request.num_computed_tokens = len(found) * self.block_size
+        self.stats.queries += request.num_tokens
+        self.stats.hits += request.num_cached_tokens
+        self.grow(request, request.num_tokens)
+
     def grow(self, request: Request, num_tokens: int) -> None:
         """Give the request slots for its first `num_tokens` tokens; `missing` must be free."""
         missing = self.missing(request, num_tokens)
+        self._make_room(missing)
         if not request.block_tables:
             request.block_tables = [[] for _ in self.pools]
         for pool, table in zip(self.pools, request.block_tables, strict=True):
             table += pool.allocate(missing)
 
+    def publish(self, request: Request) -> None:
+        """Make the request's full blocks known to others; the KV of its computed tokens is complete.
+
+        Where the content is known already, the request changes over to the known block and its own is free.
+        Blocks of a prefill-only request are being read under their ids, so they stay its own and unknown,
+        and so does what follows them.
+        """
+        keys = self._keys(request, request.num_computed_tokens // self.block_size)
+        if request.num_published_blocks > 0 and self._last_published(request) not in self._cache:
+            request.num_published_blocks = 0
+        for position in range(request.num_published_blocks, len(keys)):
+            own = tuple(table[position] for table in request.block_tables)
+            above = self._last_published(request) if position else None
+            known = self._cache.insert(position, above, keys[position], own)
+            if known == own:
+                self._keep(known)
+            elif known is None or request.prefill_only:
+                return
+            else:
+                self._exchange(request, position, known)
+            request.num_published_blocks += 1
+
     def free(self, request: Request) -> None:
-        """Take all blocks back; what was computed is gone."""
+        """Take all blocks back; what is not published is gone."""
         for pool, table in zip(self.pools, request.block_tables, strict=False):
-            pool.free(table)
+            pool.free(reversed(table))
         request.block_tables = []
-        request.num_computed_tokens = 0
+        request.num_computed_tokens = request.num_published_blocks = 0
+
+    def retract(self, request: Request) -> None:
+        """The KV of a request is bad: forget every sequence that starts with its first block.
+
+        It may have got the fault from any block that it shares, or have passed it on.
+        """
+        if request.num_published_blocks > 0 and request.block_tables[0][0] in self._cache:
+            for block_ids in self._cache.remove_family(request.block_tables[0][0]):
+                self._drop(block_ids)
+        request.num_published_blocks = 0
+
+    def _match(self, request: Request, max_tokens: int) -> list[BlockIds]:
+        return self._cache.match(self._keys(request, max_tokens // self.block_size))
+
+    def _last_published(self, request: Request) -> int:
+        return request.block_tables[0][request.num_published_blocks - 1]
+
+    def _exchange(self, request: Request, position: int, known: BlockIds) -> None:
+        for pool, table, block_id in zip(self.pools, request.block_tables, known, strict=True):
+            pool.share([block_id])
+            pool.free([table[position]])
+            table[position] = block_id
+
+    def _make_room(self, num_blocks: int) -> None:
+        """Free idle blocks, oldest first, until so many are free in every group."""
+        while any(pool.num_free < num_blocks for pool in self.pools):
+            self._drop(self._cache.remove_leaf(self.pools[0].oldest_idle))
+            self.stats.evicted_blocks += 1
+
+    def _keep(self, block_ids: BlockIds) -> None:
+        for pool, block_id in zip(self.pools, block_ids, strict=True):
+            pool.keep(block_id)
+
+    def _drop(self, block_ids: BlockIds) -> None:
+        for pool, block_id in zip(self.pools, block_ids, strict=True):
+            pool.drop(block_id)
 
     def check(self, requests: Iterable[Request]) -> None:
-        """Assert that the given live requests hold exactly the used blocks."""
+        """Assert that the given live requests hold exactly the used blocks, and share in the tree's order."""
         tables = [request.block_tables for request in requests if request.block_tables]
         for group, pool in enumerate(self.pools):
             pool.check()
             held = Counter(block_id for table in tables for block_id in table[group])
             counts = [pool.ref_count(block_id) for block_id in range(pool.num_blocks)]
             assert counts == [held[block_id] for block_id in range(pool.num_blocks)], "leaked or stolen"
+            assert len(pool.kept()) == len(self._cache)
+        self._cache.check()
+        assert all(block_id in self._cache for block_id in self.pools[0].kept())
+        for above, below in self._cache.links():
+            assert self.pools[0].ref_count(above) >= self.pools[0].ref_count(below)

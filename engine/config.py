@@ -22,6 +22,8 @@ class EngineConfig:
     """Most requests that decode, are prefilled or are reserved at a time."""
     max_num_batched_tokens: int = 2048
     """Most tokens of a step; longer prompts are computed in chunks."""
+    prefix_cache: bool = True
+    """Keep full blocks after their requests, and share them among requests that start alike."""
     dtype: DType = "auto"
     """Of weights and KV. "auto": the checkpoint's on a GPU, float32 on a CPU, where exactness is defined."""
     device: str = "cpu"

@@ -98,7 +98,7 @@ class Engine:
             queued_prefill_tokens=scheduler.prefill.num_queued_tokens,
             blocks_total=tables.num_blocks,
             blocks_used=tables.num_used,
-            blocks_cached=0,
+            blocks_cached=tables.num_cached,
         )
 
     def check(self) -> None:
@@ -115,6 +115,8 @@ class Engine:
             if has_sample:
                 self._advance(request)
                 result.outputs.append(self._append(request, next(samples)))
+            else:
+                self.kv_cache.tables.publish(request)
         return result
 
     def _advance(self, request: Request) -> None:
@@ -128,10 +130,12 @@ class Engine:
         """Add a token to the sequence; a finished request frees its blocks, unless it is held."""
         start_index = len(request.output_token_ids)
         if sample.error is not None:
+            self.kv_cache.tables.retract(request)
             self._retire(request)
             return StepOutput(
                 request=request, start_index=start_index, finish_reason=FinishReason.ERROR, error=sample.error
             )
+        self.kv_cache.tables.publish(request)
         request.output_token_ids.append(sample.token_id)
         reason, stop_token_id = judge(
             request,

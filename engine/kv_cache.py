@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from engine.block_keys import content_keys, no_keys
 from engine.block_tables import BlockTables
 from engine.config import EngineConfig
 from engine.loader import KvGroupSpec, ModelFacts
@@ -18,7 +19,10 @@ class KvCache:
         self.groups = [_allocate(spec, num_blocks, config.block_size, device) for spec in facts.kv_groups]
         """[num_layers, 2, num_blocks, block_size, num_kv_heads, head_dim] each, contiguous."""
         self.tables = BlockTables(
-            num_groups=len(self.groups), num_blocks=num_blocks, block_size=config.block_size
+            num_groups=len(self.groups),
+            num_blocks=num_blocks,
+            block_size=config.block_size,
+            keys=content_keys(config.block_size) if config.prefix_cache else no_keys,
         )
 
 

@@ -49,6 +49,18 @@ class EngineLoad:
     """Held by nothing but a prefix cache."""
 
 
+@dataclass(kw_only=True, slots=True)
+class PrefixCacheStats:
+    """Counts since the start. The engine's thread adds; any thread may read."""
+
+    queries: int = 0
+    """Tokens of the sequences that were looked up, one time per admission."""
+    hits: int = 0
+    """Of these, found."""
+    evicted_blocks: int = 0
+    """Cached blocks that gave way to new ones."""
+
+
 def judge(
     request: Request, eos_token_ids: Collection[int], max_model_len: int, *, is_complete: bool = False
 ) -> tuple[FinishReason | None, int | None]:

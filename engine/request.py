@@ -14,6 +14,7 @@ from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, field
 from enum import Enum, auto
 
+from engine.block_keys import BlockKey
 from runtime.errors import InvalidRequest
 from runtime.grammars import Grammar
 
@@ -155,12 +156,18 @@ class Request:
     """Compute the prompt, sample one token, then keep the blocks until released."""
     choice: int = 0
     """Index among the choices of one prompt; choices with one seed draw different noise."""
+    cache_salt: bytes = b""
+    """Cached blocks are shared only among requests with the same salt."""
     num_computed_tokens: int = 0
     """Leading tokens whose KV lies in this request's blocks."""
     num_cached_tokens: int = 0
     """Of these, found in a prefix cache when the blocks were allocated."""
     block_tables: list[list[int]] = field(default_factory=list)
     """Block ids in token order, one list per KV group; empty while no blocks are held."""
+    num_published_blocks: int = 0
+    """Leading blocks of the tables that the prefix cache knows, or knew until a fault was found."""
+    block_keys: list[BlockKey] = field(default_factory=list)
+    """Content keys of leading full blocks, as far as they were asked for."""
     state: RequestState = RequestState.NEW
     arrival: int = 0
     """Order of submission to this engine; the largest is the youngest."""

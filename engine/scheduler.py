@@ -40,13 +40,13 @@ class Scheduler:
         What the head of the prefill queue needs is spoken for: no reservation starves a preempted request.
         """
         head = self.prefill.waiting[0] if self.prefill.waiting else None
-        promised = self.tables.blocks_for(head.num_tokens) if head else 0
-        if not self._fits(request, promised):
+        promised = self.tables.cost(head, _reusable(head)) if head else 0
+        if not self._fits(request, request.num_tokens, promised):
             return False
         self._arrive(request)
         request.move(RequestState.RESERVED)
         self._reserved.add(request)
-        self.tables.grow(request, request.num_tokens)
+        self.tables.admit(request, request.num_tokens)
         return True
 
     def commit(self, request: Request) -> None:
@@ -86,7 +86,11 @@ class Scheduler:
     def has_work(self) -> bool:
         """Whether a step would compute anything."""
         waiting = self.prefill.waiting
-        return bool(self.decode.running or self.prefill.prefilling or (waiting and self._fits(waiting[0])))
+        return bool(
+            self.decode.running
+            or self.prefill.prefilling
+            or (waiting and self._fits(waiting[0], _reusable(waiting[0])))
+        )
 
     def check(self) -> None:
         """Assert that every live request is in the one place of its state and holds its blocks."""
@@ -110,12 +114,20 @@ class Scheduler:
         request.arrival = self._num_arrivals
         self.live[request.key] = request
 
-    def _fits(self, request: Request, promised_blocks: int = 0) -> bool:
+    def _fits(self, request: Request, max_cached_tokens: int, promised_blocks: int = 0) -> bool:
+        if self._num_active >= self._max_active:
+            return False
         free = self.tables.num_free - promised_blocks - len(self.decode.running)
-        return self._num_active < self._max_active and self.tables.blocks_for(request.num_tokens) <= free
+        needed = self.tables.blocks_for(request.num_tokens)
+        return needed <= free or self.tables.cost(request, max_cached_tokens) <= free
 
     def _admit(self, request: Request) -> bool:
-        fits = self._fits(request)
+        fits = self._fits(request, _reusable(request))
         if fits:
-            self.tables.grow(request, request.num_tokens)
+            self.tables.admit(request, _reusable(request))
         return fits
+
+
+def _reusable(request: Request) -> int:
+    """Tokens whose KV may come from the prefix cache; the last one is computed for its logits."""
+    return request.num_tokens - 1

@@ -3,6 +3,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
+from engine.block_keys import content_keys, no_keys
 from engine.block_tables import BlockTables
 from engine.request import Request, RequestState, SamplingParams
 from engine.scheduler import Scheduler
@@ -10,8 +11,8 @@ from engine.scheduler import Scheduler
 BLOCK_SIZE = 4
 
 
-def make_scheduler(num_blocks=16, max_num_seqs=8, budget=10):
-    tables = BlockTables(num_groups=2, num_blocks=num_blocks, block_size=BLOCK_SIZE)
+def make_scheduler(num_blocks=16, max_num_seqs=8, budget=10, keys=no_keys):
+    tables = BlockTables(num_groups=2, num_blocks=num_blocks, block_size=BLOCK_SIZE, keys=keys)
     return Scheduler(tables, max_num_seqs=max_num_seqs, max_num_batched_tokens=budget)
 
 
@@ -30,6 +31,7 @@ def step(scheduler):
     for item in plan:
         request, samples = item.request, item.samples
         request.num_computed_tokens += item.query_len
+        scheduler.tables.publish(request)
         if samples:
             if request.state is RequestState.PREFILLING and request.prefill_only:
                 scheduler.hold(request)
@@ -160,9 +162,11 @@ def test_a_key_is_live_once():
 class SchedulerMachine(RuleBasedStateMachine):
     """Any order of operations keeps the invariants, and everything drains in the end."""
 
+    keys = staticmethod(no_keys)
+
     def __init__(self):
         super().__init__()
-        self.scheduler = make_scheduler(num_blocks=8, max_num_seqs=4, budget=6)
+        self.scheduler = make_scheduler(num_blocks=8, max_num_seqs=4, budget=6, keys=self.keys)
         self.num_requests = 0
 
     def _request(self, prompt_len, max_tokens, prefill_only=False):
@@ -226,7 +230,16 @@ class SchedulerMachine(RuleBasedStateMachine):
         assert self.scheduler.tables.num_used == 0
 
 
+class CachingMachine(SchedulerMachine):
+    """Every prompt starts like every other one, so that all blocks are shared that can be."""
+
+    keys = staticmethod(content_keys(BLOCK_SIZE))
+
+
 TestScheduler = SchedulerMachine.TestCase
 TestScheduler.settings = settings(
     max_examples=20, stateful_step_count=20, derandomize=True, deadline=None, database=None
 )
+
+TestCachingScheduler = CachingMachine.TestCase
+TestCachingScheduler.settings = TestScheduler.settings
