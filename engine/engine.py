@@ -11,9 +11,9 @@ from engine.config import EngineConfig
 from engine.kv_cache import KvCache
 from engine.loader import LoadedModel
 from engine.outputs import EngineLoad as EngineLoad
+from engine.outputs import PrefixCacheStats, judge
 from engine.outputs import StepOutput as StepOutput
 from engine.outputs import StepResult as StepResult
-from engine.outputs import judge
 from engine.plan import Scheduled
 from engine.request import FinishReason, Request, RequestState, TokenLogprob
 from engine.runner import Runner
@@ -100,6 +100,11 @@ class Engine:
             blocks_used=tables.num_used,
             blocks_cached=tables.num_cached,
         )
+
+    @property
+    def prefix_cache_stats(self) -> PrefixCacheStats:
+        """Counts that go on counting; any thread may read them."""
+        return self.kv_cache.tables.stats
 
     def check(self) -> None:
         """Assert the invariants of scheduler and block tables."""

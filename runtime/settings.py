@@ -70,6 +70,8 @@ class EngineSettings(ProcessSettings):
     """Most requests in one step."""
     max_num_batched_tokens: Count = 2048
     """Most tokens in one step; longer prompts are computed in chunks."""
+    prefix_cache: bool = True
+    """Keep KV blocks after their requests and share them among requests that start alike."""
     threads: Count = 1
     """CPU threads of one worker's tensor operations."""
 

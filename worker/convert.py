@@ -48,6 +48,7 @@ def to_request(key: tuple[int, ...], submit: pb.Submit, *, prefill_only: bool) -
         output_token_ids=emitted,
         sampling=to_sampling(submit),
         prefill_only=prefill_only,
+        cache_salt=submit.cache_salt.encode(),
     )
 
 

@@ -101,6 +101,7 @@ def _load_engine(settings: WorkerSettings) -> tuple[Engine, str]:
         kv_cache_memory_bytes=parse_bytes(settings.kv_cache_memory, "--kv-cache-memory"),
         max_num_seqs=settings.max_num_seqs,
         max_num_batched_tokens=settings.max_num_batched_tokens,
+        prefix_cache=settings.prefix_cache,
     )
     model = load_model(path, config, progress=_Progress(path))
     return Engine(config, model), file_hash(path / "tokenizer.json")
@@ -154,6 +155,7 @@ class Worker:
         self._bridge.hub = AttachHub(self._role, self._load)
         self._bridge.thread = EngineThread(engine, self._role, self._on_engine_death)
         self._metrics.watch(self._bridge.load)
+        self._metrics.watch_prefix_cache(engine.prefix_cache_stats)
         self._health = health.aio.HealthServicer()
 
     def _on_engine_death(self, reason: str) -> None:

@@ -1,9 +1,12 @@
 """What a worker exports at /metrics; names follow vLLM's behind the prefix."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Metric
+from prometheus_client.core import CounterMetricFamily
+from prometheus_client.registry import Collector
 
+from engine.outputs import PrefixCacheStats
 from protos.tandem.v1 import common_pb2 as pb
 from runtime.metrics import PREFIX, TRANSFER_BUCKETS
 
@@ -38,6 +41,10 @@ class WorkerMetrics:
         self.kv_usage = gauge("kv_cache_usage_ratio", "Used blocks of all blocks, 0 to 1.")
         self.side = side
 
+    def watch_prefix_cache(self, stats: PrefixCacheStats) -> None:
+        """Read the prefix cache's counts at each scrape."""
+        self.registry.register(_PrefixCacheCollector(stats))
+
     def _counter(self, name: str, text: str, labels: list[str] | None = None) -> Counter:
         return Counter(PREFIX + name, text, labels or [], registry=self.registry)
 
@@ -49,3 +56,23 @@ class WorkerMetrics:
         self.running.set_function(lambda: load().requests_running)
         self.waiting.set_function(lambda: load().requests_waiting)
         self.kv_usage.set_function(lambda: load().blocks_used / max(load().blocks_total, 1))
+
+
+class _PrefixCacheCollector(Collector):
+    """Counters that live in the engine, as they are at the moment of a scrape."""
+
+    def __init__(self, stats: PrefixCacheStats) -> None:
+        self._stats = stats
+
+    def collect(self) -> Iterator[Metric]:
+        """Tokens, as in vLLM, and blocks."""
+        for name, text, value in (
+            ("prefix_cache_queries", "Tokens looked up in the prefix cache.", self._stats.queries),
+            ("prefix_cache_hits", "Tokens found in the prefix cache.", self._stats.hits),
+            (
+                "prefix_cache_evicted_blocks",
+                "Cached blocks that gave way to new ones.",
+                self._stats.evicted_blocks,
+            ),
+        ):
+            yield CounterMetricFamily(PREFIX + name, text, value=value)
