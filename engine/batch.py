@@ -34,7 +34,8 @@ class Batch:
     groups: list[GroupBatch]
     """One per KV group."""
     sample_rows: Tensor
-    """int64 [max(num_samples, MIN_ROWS)]: last row of each request that samples; padding is row 0."""
+    """int64 [max(num_samples, MIN_ROWS)]: last row of a sequence, for each request that samples
+    from it; padding is row 0."""
     num_samples: int
 
 
@@ -48,7 +49,7 @@ def build_batch(plan: Sequence[Scheduled], *, block_size: int, device: torch.dev
         token_ids += item.request.tokens(start, item.context_len)
         positions += range(start, item.context_len)
         if item.samples:
-            sample_rows.append(len(token_ids) - 1)
+            sample_rows += [len(token_ids) - 1] * len(item.request.samplers)
     num_groups = len(plan[0].request.block_tables)
     return Batch(
         token_ids=_padded(token_ids, device),

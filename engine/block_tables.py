@@ -8,7 +8,7 @@ The life of a block:
 """
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 from engine.block_keys import KeyFunction, no_keys
 from engine.block_pool import BlockPool
@@ -16,17 +16,27 @@ from engine.outputs import PrefixCacheStats
 from engine.radix_cache import BlockIds, RadixCache
 from engine.request import Request
 
+CopyBlocks = Callable[[int, Sequence[int], Sequence[int]], None]
+"""Called with (group, source ids, target ids) to copy whole blocks."""
+
 
 class BlockTables:
     """The pools of all KV groups, equally large, what requests hold of them, and the prefix cache.
 
-    A request's table has the same length in every group and is append-only until it is freed as a whole,
-    but that a published block may be exchanged for one of equal content. Blocks that are published, and so
-    may be shared, are full: nobody writes into them again.
+    A request's table has the same length in every group and is append-only until it is freed as a whole, with
+    two exceptions: a published block may be exchanged for one of equal content, and the block at the cursor,
+    if others hold it too, is copied before it is written. So nobody writes into a shared block. Copies are
+    carried out by `run_copies`, before any block that was freed meanwhile is written.
     """
 
     def __init__(
-        self, *, num_groups: int, num_blocks: int, block_size: int, keys: KeyFunction = no_keys
+        self,
+        *,
+        num_groups: int,
+        num_blocks: int,
+        block_size: int,
+        keys: KeyFunction = no_keys,
+        copy_blocks: CopyBlocks = lambda *_: None,
     ) -> None:
         self.pools = [BlockPool(num_blocks) for _ in range(num_groups)]
         self.block_size = block_size
@@ -34,6 +44,8 @@ class BlockTables:
         self.stats = PrefixCacheStats()
         self._keys = keys
         self._cache = RadixCache()
+        self._copy_blocks = copy_blocks
+        self._copies: list[list[tuple[int, int]]] = [[] for _ in self.pools]
 
     @property
     def num_free(self) -> int:
@@ -55,9 +67,9 @@ class BlockTables:
         return -(-num_tokens // self.block_size)
 
     def missing(self, request: Request, num_tokens: int) -> int:
-        """Blocks to allocate in each group before `num_tokens` tokens of the request have a slot."""
+        """Blocks to allocate in each group before `num_tokens` tokens of the request can be written."""
         held = len(request.block_tables[0]) if request.block_tables else 0
-        return max(self.blocks_for(num_tokens) - held, 0)
+        return max(self.blocks_for(num_tokens) - held, 0) + self._shares_cursor(request)
 
     def cost(self, request: Request, max_cached_tokens: int) -> int:
         """How many blocks less are free after `admit`: all but the cached ones that others use already."""
@@ -88,8 +100,32 @@ class BlockTables:
         self._make_room(missing)
         if not request.block_tables:
             request.block_tables = [[] for _ in self.pools]
+        if self._shares_cursor(request):
+            self._unshare(request, request.num_computed_tokens // self.block_size)
+            missing -= 1
         for pool, table in zip(self.pools, request.block_tables, strict=True):
             table += pool.allocate(missing)
+
+    def _shares_cursor(self, request: Request) -> bool:
+        """Whether the next token goes into a block that others hold too."""
+        cursor = request.num_computed_tokens // self.block_size
+        if not request.block_tables or cursor >= len(request.block_tables[0]):
+            return False
+        return self.pools[0].ref_count(request.block_tables[0][cursor]) > 1
+
+    def _unshare(self, request: Request, position: int) -> None:
+        for pool, table, copies in zip(self.pools, request.block_tables, self._copies, strict=True):
+            (own,) = pool.allocate(1)
+            copies.append((table[position], own))
+            pool.free([table[position]])
+            table[position] = own
+
+    def run_copies(self) -> None:
+        """Carry out the copies that `grow` decided."""
+        for group, copies in enumerate(self._copies):
+            if copies:
+                self._copy_blocks(group, *zip(*copies, strict=True))
+                copies.clear()
 
     def publish(self, request: Request) -> None:
         """Make the request's full blocks known to others; the KV of its computed tokens is complete.
@@ -158,6 +194,7 @@ class BlockTables:
 
     def check(self, requests: Iterable[Request]) -> None:
         """Assert that the given live requests hold exactly the used blocks, and share in the tree's order."""
+        assert not any(self._copies), "blocks are still to be copied"
         tables = [request.block_tables for request in requests if request.block_tables]
         for group, pool in enumerate(self.pools):
             pool.check()

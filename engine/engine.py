@@ -4,9 +4,10 @@ On a co-located or decode worker requests come by `submit` or by `reserve` and `
 they come by `submit` with `prefill_only` and stay until `release`.
 """
 
-from collections.abc import Hashable, Iterator
+from collections.abc import Hashable, Iterator, Mapping
 from itertools import chain
 
+from engine.beams import Beams, check_room, prepare
 from engine.config import EngineConfig
 from engine.kv_cache import KvCache
 from engine.loader import LoadedModel
@@ -36,6 +37,7 @@ class Engine:
             max_num_seqs=config.max_num_seqs,
             max_num_batched_tokens=config.max_num_batched_tokens,
         )
+        self._beams = Beams(self._scheduler)
         self.grammars = Grammars(
             model.path / "tokenizer.json",
             vocab_size=model.facts.vocab_size,
@@ -45,7 +47,7 @@ class Engine:
 
     def submit(self, request: Request) -> None:
         """Queue for local prefill, then decode unless prefill_only; InvalidRequest if it can never run."""
-        self._validate(request)
+        self._accept(request)
         self._scheduler.submit(request)
 
     def reserve(self, request: Request) -> bool:
@@ -54,7 +56,7 @@ class Engine:
         False: not now, try again after blocks were freed. InvalidRequest: never. Reserved blocks are not
         taken back but by `abort`.
         """
-        self._validate(request)
+        self._accept(request)
         return self._scheduler.reserve(request)
 
     def commit(self, request: Request, first_token: int, logprob: TokenLogprob | None) -> StepOutput:
@@ -62,9 +64,19 @@ class Engine:
 
         If the token ends the request, its blocks are free on return.
         """
+        (output,) = self.commit_choices(request, {request.choice: Sample(first_token, logprob)})
+        return output
+
+    def commit_choices(self, request: Request, samples: Mapping[int, Sample]) -> list[StepOutput]:
+        """`commit` with the next token of each of `request.samplers`, by choice.
+
+        What the first token of a beam search is does not matter, its alternatives do.
+        """
         assert request.state is RequestState.RESERVED, request.state
+        samplers = request.samplers
         self._scheduler.commit(request)
-        return self._append(request, Sample(first_token, logprob))
+        outputs = self._take([(sampler, samples[sampler.choice]) for sampler in samplers])
+        return outputs + self._beams.advance()
 
     def abort(self, key: Hashable) -> bool:
         """Forget a request in any state and free its blocks at once; False if there is none."""
@@ -113,16 +125,24 @@ class Engine:
     def _commit_step(self, plan: list[Scheduled], samples: Iterator[Sample]) -> StepResult:
         result = StepResult()
         for item in plan:
-            request, has_sample = item.request, item.samples
+            request, is_last = item.request, item.samples
+            row = [(sampler, next(samples)) for sampler in request.samplers] if is_last else []
             request.num_computed_tokens += item.query_len
             if request.prefill_only:
                 result.computed.append(request)
-            if has_sample:
+            self._publish(request, row)
+            if is_last:
                 self._advance(request)
-                result.outputs.append(self._append(request, next(samples)))
-            else:
-                self.kv_cache.tables.publish(request)
+            result.outputs.extend(self._take(row))
+        result.outputs.extend(self._beams.advance())
         return result
+
+    def _publish(self, request: Request, row: list[tuple[Request, Sample]]) -> None:
+        """Others may share what was computed; if it gave no sound logits, nobody may."""
+        if any(sample.error is not None for _, sample in row):
+            self.kv_cache.tables.retract(request)
+        else:
+            self.kv_cache.tables.publish(request)
 
     def _advance(self, request: Request) -> None:
         """All tokens of the request are computed: on to its next state."""
@@ -131,16 +151,28 @@ class Engine:
         elif request.state is RequestState.PREFILLING:
             self._scheduler.start_decoding(request)
 
+    def _take(self, samples: list[tuple[Request, Sample]]) -> list[StepOutput]:
+        """What the samples of one row add to the output; a beam's adds nothing before its search is done."""
+        outputs = []
+        for request, sample in samples:
+            if (request.leader or request).search is None or request.state is RequestState.HELD:
+                outputs.append(self._append(request, sample))
+            else:
+                self._beams.take(request, sample)
+        return outputs
+
     def _append(self, request: Request, sample: Sample) -> StepOutput:
         """Add a token to the sequence; a finished request frees its blocks, unless it is held."""
         start_index = len(request.output_token_ids)
         if sample.error is not None:
-            self.kv_cache.tables.retract(request)
             self._retire(request)
             return StepOutput(
-                request=request, start_index=start_index, finish_reason=FinishReason.ERROR, error=sample.error
+                request=request,
+                choice=request.choice,
+                start_index=start_index,
+                finish_reason=FinishReason.ERROR,
+                error=sample.error,
             )
-        self.kv_cache.tables.publish(request)
         request.output_token_ids.append(sample.token_id)
         reason, stop_token_id = judge(
             request,
@@ -152,6 +184,7 @@ class Engine:
             self._retire(request)
         return StepOutput(
             request=request,
+            choice=request.choice,
             start_index=start_index,
             token_ids=(sample.token_id,),
             logprobs=None if sample.logprob is None else (sample.logprob,),
@@ -163,8 +196,19 @@ class Engine:
         return request.sampling.grammar is not None and self._runner.sampler.completes(request)
 
     def _retire(self, request: Request) -> None:
-        if request.state is not RequestState.HELD:
+        if request.state is RequestState.RUNNING:
             self._scheduler.finish(request)
+
+    def _accept(self, request: Request) -> None:
+        prepare(request, self.facts)
+        for each in (request, *request.forks):
+            self._validate(each)
+        if request.num_seats > self._scheduler.max_active:
+            raise InvalidRequest(
+                f"{request.num_seats} choices do not fit into a batch of {self._scheduler.max_active}",
+                field="n",
+            )
+        check_room(request, self.kv_cache.tables)
 
     def _validate(self, request: Request) -> None:
         """Whatever would disturb others in a batch, or could never end, is refused here."""

@@ -7,6 +7,7 @@ from engine.block_keys import content_keys, no_keys
 from engine.block_tables import BlockTables
 from engine.config import EngineConfig
 from engine.loader import KvGroupSpec, ModelFacts
+from kernels import ops
 from runtime.errors import StartupError
 
 
@@ -23,6 +24,7 @@ class KvCache:
             num_blocks=num_blocks,
             block_size=config.block_size,
             keys=content_keys(config.block_size) if config.prefix_cache else no_keys,
+            copy_blocks=lambda group, *blocks: ops.copy_blocks(self.groups[group], *blocks),
         )
 
 

@@ -8,9 +8,10 @@ from engine.request import FinishReason, Request, TokenLogprob
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StepOutput:
-    """New tokens of one request."""
+    """New tokens of one choice of a request."""
 
     request: Request
+    choice: int = 0
     start_index: int
     """Index in output_token_ids of the first new token."""
     token_ids: tuple[int, ...] = ()
@@ -19,6 +20,8 @@ class StepOutput:
     finish_reason: FinishReason | None = None
     stop_token_id: int | None = None
     """The token that ended the request, if one did; it is the last of `token_ids`."""
+    score: float | None = None
+    """Of a beam that is returned; they come best first, with their rank as `choice`."""
     error: str | None = None
     """Why the request ended with FinishReason.ERROR; its batch-mates are not affected."""
 

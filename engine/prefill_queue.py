@@ -28,6 +28,11 @@ class PrefillQueue:
         request.move(RequestState.WAITING)
         self.waiting.appendleft(request)
 
+    def start(self, request: Request) -> None:
+        """A request that holds all its blocks is computed from its cursor on."""
+        request.move(RequestState.PREFILLING)
+        self.prefilling.append(request)
+
     def schedule(self, budget: int, admit: Callable[[Request], bool]) -> list[Scheduled]:
         """Chunks of at most `budget` tokens in all; `admit` allocates a request's blocks or says no."""
         chunks: list[Scheduled] = []
@@ -42,8 +47,7 @@ class PrefillQueue:
         yield from tuple(self.prefilling)
         while self.waiting and admit(self.waiting[0]):
             request = self.waiting.popleft()
-            request.move(RequestState.PREFILLING)
-            self.prefilling.append(request)
+            self.start(request)
             yield request
 
     def remove(self, request: Request) -> None:

@@ -7,6 +7,9 @@
    `Engine.commit` brings the first token and makes it RUNNING.
 4. A RUNNING request may lose its blocks (preemption) and is WAITING again, with all its tokens.
 5. FINISHED requests hold no blocks. `Engine.abort` leads here from every state.
+
+A request may lead choices: once its prompt is computed it is FORKED, which holds nothing, and its forks are
+RUNNING in its place, each a request of its own. It is FINISHED when all of them are.
 """
 
 import math
@@ -14,6 +17,7 @@ from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, field
 from enum import Enum, auto
 
+from engine.beam_search import BeamParams, BeamSearch
 from engine.block_keys import BlockKey
 from runtime.errors import InvalidRequest
 from runtime.grammars import Grammar
@@ -37,16 +41,22 @@ class RequestState(Enum):
     RESERVED = auto()
     RUNNING = auto()
     HELD = auto()
+    FORKED = auto()
     FINISHED = auto()
 
 
 TRANSITIONS: Mapping[RequestState, frozenset[RequestState]] = {
-    RequestState.NEW: frozenset({RequestState.WAITING, RequestState.RESERVED}),
+    RequestState.NEW: frozenset(
+        {RequestState.WAITING, RequestState.RESERVED, RequestState.PREFILLING, RequestState.RUNNING}
+    ),
     RequestState.WAITING: frozenset({RequestState.PREFILLING, RequestState.FINISHED}),
-    RequestState.PREFILLING: frozenset({RequestState.RUNNING, RequestState.HELD, RequestState.FINISHED}),
-    RequestState.RESERVED: frozenset({RequestState.RUNNING, RequestState.FINISHED}),
+    RequestState.PREFILLING: frozenset(
+        {RequestState.RUNNING, RequestState.HELD, RequestState.FORKED, RequestState.FINISHED}
+    ),
+    RequestState.RESERVED: frozenset({RequestState.RUNNING, RequestState.FORKED, RequestState.FINISHED}),
     RequestState.RUNNING: frozenset({RequestState.WAITING, RequestState.FINISHED}),
     RequestState.HELD: frozenset({RequestState.FINISHED}),
+    RequestState.FORKED: frozenset({RequestState.WAITING, RequestState.FINISHED}),
     RequestState.FINISHED: frozenset(),
 }
 
@@ -102,6 +112,8 @@ class SamplingParams:
     """Token sequences that are never completed, not even one that the prompt began."""
     logprobs: int | None = None
     """Report the log-probability of each token and of this many likeliest alternatives."""
+    beams: BeamParams | None = None
+    """Beam search; of all other fields it obeys max_tokens, stop_token_ids, ignore_eos and logprobs."""
     edits_logits: bool = field(init=False)
     """Something changes single logits before the temperature does; all others take the fast path."""
 
@@ -147,7 +159,7 @@ class Request:
     """One sequence with its cursor and its blocks. The engine alone changes it after submission."""
 
     key: Hashable
-    """Unique among the engine's live requests."""
+    """Unique among the engine's live requests; forks have their leader's."""
     prompt_token_ids: list[int]
     sampling: SamplingParams
     output_token_ids: list[int] = field(default_factory=list)
@@ -162,6 +174,12 @@ class Request:
     """Leading tokens whose KV lies in this request's blocks."""
     num_cached_tokens: int = 0
     """Of these, found in a prefix cache when the blocks were allocated."""
+    forks: list["Request"] = field(default_factory=list)
+    """Choices that go on from this prompt, by choice or beam; `engine.choices` makes them."""
+    leader: "Request | None" = None
+    """Whose fork this is."""
+    search: BeamSearch | None = None
+    """Of a leader: its forks are the beams of this search; `engine.beams` makes it."""
     block_tables: list[list[int]] = field(default_factory=list)
     """Block ids in token order, one list per KV group; empty while no blocks are held."""
     num_published_blocks: int = 0
@@ -176,6 +194,23 @@ class Request:
     def num_tokens(self) -> int:
         """Length of the sequence: prompt and output."""
         return len(self.prompt_token_ids) + len(self.output_token_ids)
+
+    @property
+    def num_seats(self) -> int:
+        """Requests that will run in its place."""
+        return max(len(self.forks), 1)
+
+    @property
+    def live_forks(self) -> list["Request"]:
+        """Forks that have begun and not ended."""
+        return [fork for fork in self.forks if fork.state not in (RequestState.NEW, RequestState.FINISHED)]
+
+    @property
+    def samplers(self) -> list["Request"]:
+        """Whose next tokens follow this sequence: itself, or those of its choices that have none yet."""
+        if self.search is not None or not self.forks:
+            return [self]
+        return [fork for fork in self.forks if not fork.output_token_ids]
 
     def tokens(self, start: int, end: int) -> list[int]:
         """Token ids of positions start..end-1 of the sequence."""

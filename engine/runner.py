@@ -22,14 +22,14 @@ class Runner:
 
     @torch.inference_mode()
     def run(self, plan: Sequence[Scheduled]) -> list[Sample]:
-        """Compute all scheduled tokens; the samples of the requests that sample, in plan order."""
+        """Compute all scheduled tokens; one sample for each of `Request.samplers`, in plan order."""
         kv_group = self._kv_cache.groups[0]
         batch = build_batch(plan, block_size=self._kv_cache.tables.block_size, device=kv_group.device)
         group = batch.groups[0]
         hidden = self._module.forward(
             batch.token_ids, batch.positions, kv_group, group.slot_mapping, group.attention
         )
-        requests = [item.request for item in plan if item.samples]
+        requests = [sampler for item in plan if item.samples for sampler in item.request.samplers]
         if not requests:
             return []
         logits = self._module.logits(hidden.index_select(0, batch.sample_rows))

@@ -3,6 +3,7 @@
 from collections.abc import Hashable
 
 from engine.block_tables import BlockTables
+from engine.choices import share_blocks
 from engine.decode_queue import DecodeQueue
 from engine.plan import Scheduled
 from engine.prefill_queue import PrefillQueue
@@ -26,7 +27,7 @@ class Scheduler:
         self._token_budget = max_num_batched_tokens
         # Never more running requests than budget: whoever is prefilling takes one of these seats, so at
         # least one token of every step is left for it.
-        self._max_active = min(max_num_seqs, max_num_batched_tokens)
+        self.max_active = min(max_num_seqs, max_num_batched_tokens)
         self._num_arrivals = 0
 
     def submit(self, request: Request) -> None:
@@ -53,19 +54,53 @@ class Scheduler:
         """A reserved request's KV is complete: all its tokens are computed."""
         self._reserved.remove(request)
         request.num_computed_tokens = request.num_tokens
-        self.decode.start(request)
+        self.tables.publish(request)
+        self._go_on(request)
 
     def schedule(self) -> list[Scheduled]:
         """The next step; decodes come first, each request at most once."""
         decodes, preempted = self.decode.schedule(self.tables)
         for request in preempted:
             self.prefill.push_front(request)
-        return decodes + self.prefill.schedule(self._token_budget - len(decodes), self._admit)
+        chunks = self.prefill.schedule(self._token_budget - len(decodes), self._admit)
+        self.tables.run_copies()
+        return decodes + chunks
 
     def start_decoding(self, request: Request) -> None:
-        """A request's prompt is computed and its first token sampled."""
+        """A request's prompt is computed: it decodes, or its choices do."""
         self.prefill.remove(request)
-        self.decode.start(request)
+        self._go_on(request)
+
+    def _go_on(self, request: Request) -> None:
+        if not request.forks:
+            self.decode.start(request)
+            return
+        request.move(RequestState.FORKED)
+        for fork in request.forks:
+            fork.arrival = request.arrival
+            share_blocks(self.tables, request, fork)
+        self.tables.free(request)
+        for fork in request.forks:
+            self._start_fork(fork)
+        self.tables.run_copies()
+
+    def _start_fork(self, fork: Request) -> None:
+        """A fork decodes; one that was continued before computes those tokens first, if they have room."""
+        free = self.tables.num_free - len(self.decode.running)
+        if fork.num_computed_tokens == fork.num_tokens:
+            self.decode.start(fork)
+        elif self.tables.missing(fork, fork.num_tokens) <= free:
+            self.tables.grow(fork, fork.num_tokens)
+            self.prefill.start(fork)
+        else:
+            self.tables.free(fork)
+            self.prefill.push_front(fork)
+
+    def start_over(self, leader: Request) -> None:
+        """End the forks; their leader computes the prompt again, before all that have not started."""
+        for fork in leader.live_forks:
+            self._drop(fork)
+        self.prefill.push_front(leader)
 
     def hold(self, request: Request) -> None:
         """A prefill-only request is computed: its blocks stay until it is finished."""
@@ -73,7 +108,16 @@ class Scheduler:
         request.move(RequestState.HELD)
 
     def finish(self, request: Request) -> None:
-        """Forget a live request, whatever it does, and free its blocks."""
+        """Forget a live request, whatever it does, and free its blocks; a leader goes with its forks."""
+        for fork in request.live_forks:
+            self._drop(fork)
+        self._drop(request)
+        if request.leader is None:
+            del self.live[request.key]
+        elif not request.leader.live_forks:
+            self.finish(request.leader)
+
+    def _drop(self, request: Request) -> None:
         if request.state in (RequestState.WAITING, RequestState.PREFILLING):
             self.prefill.remove(request)
         elif request.state is RequestState.RUNNING:
@@ -81,7 +125,6 @@ class Scheduler:
         self._reserved.discard(request)
         request.move(RequestState.FINISHED)
         self.tables.free(request)
-        del self.live[request.key]
 
     def has_work(self) -> bool:
         """Whether a step would compute anything."""
@@ -94,19 +137,23 @@ class Scheduler:
 
     def check(self) -> None:
         """Assert that every live request is in the one place of its state and holds its blocks."""
-        self.tables.check(self.live.values())
+        requests = [each for leader in self.live.values() for each in (leader, *leader.live_forks)]
+        self.tables.check(requests)
         places = [*self.prefill.waiting, *self.prefill.prefilling, *self.decode.running, *self._reserved]
-        held = [request for request in self.live.values() if request.state is RequestState.HELD]
-        assert sorted(map(id, places + held)) == sorted(map(id, self.live.values()))
+        held = [request for request in requests if request.state is RequestState.HELD]
+        forked = [request for request in requests if request.state is RequestState.FORKED]
+        assert sorted(map(id, places + held + forked)) == sorted(map(id, requests))
+        assert all(leader.live_forks and not leader.block_tables for leader in forked)
         assert all(request.state is RequestState.WAITING for request in self.prefill.waiting)
         assert not any(request.block_tables for request in self.prefill.waiting)
         assert all(request.state is RequestState.PREFILLING for request in self.prefill.prefilling)
         assert all(request.state is RequestState.RUNNING for request in self.decode.running)
-        assert self._num_active <= self._max_active
+        assert self._num_active <= self.max_active
 
     @property
     def _num_active(self) -> int:
-        return len(self.decode.running) + len(self.prefill.prefilling) + len(self._reserved)
+        starting = (*self.prefill.prefilling, *self._reserved)
+        return len(self.decode.running) + sum(request.num_seats for request in starting)
 
     def _arrive(self, request: Request) -> None:
         assert request.key not in self.live, f"{request.key!r} is live already"
@@ -115,7 +162,7 @@ class Scheduler:
         self.live[request.key] = request
 
     def _fits(self, request: Request, max_cached_tokens: int, promised_blocks: int = 0) -> bool:
-        if self._num_active >= self._max_active:
+        if self._num_active + request.num_seats > self.max_active:
             return False
         free = self.tables.num_free - promised_blocks - len(self.decode.running)
         needed = self.tables.blocks_for(request.num_tokens)

@@ -10,6 +10,7 @@ add_rms_norm = layers.add_rms_norm
 rope = layers.rope
 silu_mul = layers.silu_mul
 store_kv = paged_kv.store_kv
+copy_blocks = paged_kv.copy_blocks
 gather_blocks = paged_kv.gather_blocks
 scatter_blocks = paged_kv.scatter_blocks
 paged_attention = attention.paged_attention

@@ -18,6 +18,14 @@ def store_kv(k: Tensor, v: Tensor, kv_layer: Tensor, slot_mapping: Tensor) -> No
     slots[1].index_copy_(0, slot_mapping, v[:num_tokens])
 
 
+def copy_blocks(group: Tensor, source_ids: Sequence[int], target_ids: Sequence[int]) -> None:
+    """Copy whole blocks inside a pool, in all layers; no target is a source or another's target.
+
+    group: [num_layers, 2, num_blocks, block_size, num_kv_heads, head_dim].
+    """
+    group.index_copy_(2, _index(target_ids, group), group.index_select(2, _index(source_ids, group)))
+
+
 def gather_blocks(
     group: Tensor, block_ids: Sequence[int], first_layer: int, num_layers: int, slab: Tensor
 ) -> int:
