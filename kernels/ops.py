@@ -3,7 +3,7 @@
 Each name is bound to its plain torch reference, which is the specification.
 """
 
-from kernels import attention, checksums, layers, paged_kv, sampling
+from kernels import attention, checksums, layers, paged_kv, sampling, verification
 
 rms_norm = layers.rms_norm
 add_rms_norm = layers.add_rms_norm
@@ -18,3 +18,5 @@ checksum = checksums.checksum
 gumbel_noise = sampling.gumbel_noise
 sample = sampling.sample
 apply_bit_mask = sampling.apply_bit_mask
+count_accepted = verification.count_accepted
+rejection_verify = verification.rejection_verify
