@@ -22,13 +22,14 @@ from decode_svc.links import DecodeLink, DecodeLinks
 from decode_svc.receiving import Receiving
 from decode_svc.service import DecodeServicer
 from engine.engine import Engine, StepResult
-from engine.request import Request, TokenLogprob
+from engine.request import Request
 from kvtransfer.messages import Commit
 from protos.tandem.v1 import common_pb2 as pb
 from protos.tandem.v1 import decode_pb2, decode_pb2_grpc, kvlink_pb2, kvlink_pb2_grpc
 from runtime.clock import SystemClock
 from runtime.errors import AlreadyExists, TandemError
 from worker.attach import AttemptKey
+from worker.choices import first_samples
 from worker.convert import to_request
 from worker.main import WorkerParts
 
@@ -142,10 +143,9 @@ class DecodeRole:
         request = self.receiving.take(transfer_id)
         if request is None:
             return
-        first = commit.first_tokens[0]
-        assert first.logprob is None or isinstance(first.logprob, TokenLogprob)
+        samples = first_samples(request, commit)
         request.num_cached_tokens = commit.cached_tokens
-        self._bridge.publish([engine.commit(request, first.token_id, first.logprob)])
+        self._bridge.publish(engine.commit_choices(request, samples, has_kv=not commit.finished))
 
     def failed(self, transfer_id: bytes, error: TandemError) -> None:
         """A transfer ended otherwise; the gateway may try elsewhere."""

@@ -67,13 +67,19 @@ class Engine:
         (output,) = self.commit_choices(request, {request.choice: Sample(first_token, logprob)})
         return output
 
-    def commit_choices(self, request: Request, samples: Mapping[int, Sample]) -> list[StepOutput]:
+    def commit_choices(
+        self, request: Request, samples: Mapping[int, Sample], *, has_kv: bool = True
+    ) -> list[StepOutput]:
         """`commit` with the next token of each of `request.samplers`, by choice.
 
-        What the first token of a beam search is does not matter, its alternatives do.
+        What the first token of a beam search is does not matter, its alternatives do. `has_kv=False`: all
+        choices end with these tokens, so that the KV did not come.
         """
         assert request.state is RequestState.RESERVED, request.state
         samplers = request.samplers
+        if has_kv:
+            request.num_computed_tokens = request.num_tokens
+            self.kv_cache.tables.publish(request)
         self._scheduler.commit(request)
         outputs = self._take([(sampler, samples[sampler.choice]) for sampler in samplers])
         return outputs + self._beams.advance()

@@ -25,6 +25,11 @@ class StepOutput:
     error: str | None = None
     """Why the request ended with FinishReason.ERROR; its batch-mates are not affected."""
 
+    @property
+    def num_cached_tokens(self) -> int:
+        """Of the prompt, found in a prefix cache."""
+        return (self.request.leader or self.request).num_cached_tokens
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StepResult:

@@ -54,7 +54,6 @@ class Scheduler:
         """A reserved request's KV is complete: all its tokens are computed."""
         self._reserved.remove(request)
         request.num_computed_tokens = request.num_tokens
-        self.tables.publish(request)
         self._go_on(request)
 
     def schedule(self) -> list[Scheduled]:

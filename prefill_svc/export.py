@@ -23,7 +23,10 @@ class Export:
     """Blocks of the sequence so far; replaced, never changed: a pump may be reading it."""
     computed: int = 0
     handed_over: int = 0
-    first: FirstToken | None = None
+    continued: tuple[FirstToken, ...] = ()
+    """Of choices that earlier attempts began."""
+    first_tokens: tuple[FirstToken, ...] | None = None
+    """Of all choices, once they are known."""
     cached_tokens: int = 0
     committing: bool = False
 
@@ -44,11 +47,12 @@ class Export:
         self.handed_over = self.computed
         return ready
 
-    def take_commit(self) -> FirstToken | None:
-        """The first token, once, when the link has every block or a finished request needs no more."""
-        if self.first is None or self.committing:
+    def take_commit(self) -> tuple[FirstToken, ...] | None:
+        """The first tokens, once, when the link has every block or choices that all ended need no more."""
+        if self.first_tokens is None or self.committing:
             return None
-        if self.handed_over < self.total_blocks and self.first.finish_reason is None:
+        goes_on = any(first.finish_reason is None for first in self.first_tokens)
+        if self.handed_over < self.total_blocks and goes_on:
             return None
         self.committing = True
-        return self.first
+        return self.first_tokens

@@ -154,9 +154,9 @@ class PrefillLink:
             for group in range(len(self._parts.facts.groups)):
                 pieces = rectangles(self._parts.facts, group, ready.start, len(ready), self._slab_bytes)
                 self._pump.enqueue(export.transfer_id, pieces)
-        first = export.take_commit()
-        if first is not None:
-            self._pump.commit(export.transfer_id, (first,), export.cached_tokens)
+        first_tokens = export.take_commit()
+        if first_tokens is not None:
+            self._pump.commit(export.transfer_id, first_tokens, export.cached_tokens)
 
     def cancel(self, export: Export, reason: str) -> None:
         """Give a transfer up; its receiver is told."""

@@ -9,7 +9,8 @@ The life of an attempt here:
 5. A refusal, a failed link or an abort ends it; the engine frees the blocks, the peer is told.
 """
 
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Hashable, Sequence
 
 import grpc.aio
 
@@ -21,13 +22,14 @@ from prefill_svc.links import PrefillLinks
 from prefill_svc.service import PrefillServicer
 from protos.tandem.v1 import common_pb2 as pb
 from protos.tandem.v1 import prefill_pb2, prefill_pb2_grpc
-from runtime.errors import InvalidRequest, TandemError
+from runtime.errors import Internal, InvalidRequest, TandemError
 from worker.attach import AttemptKey
+from worker.choices import continued
 from worker.convert import FINISH_REASONS, to_request
 from worker.main import WorkerParts
 
-Progress = tuple[AttemptKey, tuple[int, ...], int]
-"""An attempt, its block ids so far, and how many of its tokens are computed."""
+Progress = tuple[AttemptKey, tuple[int, ...], int, int]
+"""An attempt, its block ids so far, how many of its tokens are computed, and how many were cached."""
 
 
 class PrefillRole:
@@ -67,6 +69,7 @@ class PrefillRole:
             transfer_id=submit.transfer_id,
             num_tokens=request.num_tokens,
             block_size=self._block_size,
+            continued=continued(request),
         )
         self._exports[key] = export
         self._bridge.post(key, lambda engine: engine.submit(request))
@@ -87,34 +90,33 @@ class PrefillRole:
         """First tokens to the gateways at once; then the new blocks to their links."""
         self._metrics.steps.inc()
         self._metrics.generation_tokens.inc(len(result.outputs))
-        self._bridge.publish(result.outputs)
+        self._bridge.publish(output for output in result.outputs if output.request.search is None)
         progress = [_progress(request) for request in result.computed]
         self._bridge.on_loop(self._advance, progress, result.outputs)
 
     def _advance(self, progress: Sequence[Progress], outputs: Sequence[StepOutput]) -> None:
+        sampled: defaultdict[Hashable, list[FirstToken]] = defaultdict(list)
         for output in outputs:
-            self._take_first_token(output)
-        for key, block_ids, num_computed_tokens in progress:
+            if output.error is None:
+                sampled[output.request.key].append(_first_token(output))
+            else:
+                self._fail(output, output.error)
+        for key, block_ids, num_computed_tokens, cached_tokens in progress:
             export = self._exports.get(key)
             if export is not None:
                 export.advance(block_ids, num_computed_tokens)
+                if num_computed_tokens == export.num_tokens:
+                    export.first_tokens = (*export.continued, *sampled[key])
+                    export.cached_tokens = cached_tokens
                 self._links.advance(export)
 
-    def _take_first_token(self, output: StepOutput) -> None:
-        key = output.request.key
-        assert isinstance(key, AttemptKey)
-        if output.error is not None:
-            self.abort(key)
-            return
-        export = self._exports.get(key)
-        if export is not None:
-            export.first = FirstToken(
-                choice=0,
-                token_id=output.token_ids[0],
-                logprob=output.logprobs[0] if output.logprobs else None,
-                finish_reason=FINISH_REASONS[output.finish_reason] if output.finish_reason else None,
-            )
-            export.cached_tokens = output.request.num_cached_tokens
+    def _fail(self, output: StepOutput, error: str) -> None:
+        """The gateway has been told, but of beams."""
+        assert isinstance(output.request.key, AttemptKey)
+        if output.request.search is None:
+            self.abort(output.request.key)
+        else:
+            self._bridge.hub.fail(output.request.key, Internal(error))
 
     def sent(self, key: AttemptKey) -> None:
         """The link will not read this attempt's blocks again."""
@@ -135,4 +137,16 @@ class PrefillRole:
 
 def _progress(request: Request) -> Progress:
     assert isinstance(request.key, AttemptKey)
-    return request.key, tuple(request.block_tables[0]), request.num_computed_tokens
+    block_ids = tuple(request.block_tables[0])
+    return request.key, block_ids, request.num_computed_tokens, request.num_cached_tokens
+
+
+def _first_token(output: StepOutput) -> FirstToken:
+    """A beam search goes on from the alternatives of its first token, whatever that is."""
+    reason = output.finish_reason if output.request.search is None else None
+    return FirstToken(
+        choice=output.choice,
+        token_id=output.token_ids[0],
+        logprob=output.logprobs[0] if output.logprobs else None,
+        finish_reason=FINISH_REASONS[reason] if reason else None,
+    )

@@ -19,6 +19,7 @@ from protos.tandem.v1 import common_pb2 as pb
 from runtime.errors import InvalidRequest, Mismatch, TandemError, Unavailable
 from runtime.limits import ATTACH_SILENCE_S, HEARTBEAT_INTERVAL_S
 from runtime.version import PROTOCOL_MAJOR
+from worker.choices import choices_to_end
 from worker.convert import attempt_failed
 
 logger = logging.getLogger(__name__)
@@ -58,7 +59,8 @@ class Attachment:
     def __init__(self, number: int) -> None:
         self.number = number
         self.gateway_id = ""
-        self.live: set[AttemptKey] = set()
+        self.live: dict[AttemptKey, set[int]] = {}
+        """Attempts that have not ended, with the choices that have not."""
         self._frames: dict[tuple[int, int, int], pb.TokenFrame] = {}
         self._ends: list[pb.AttemptEnd] = []
         self._wake = asyncio.Event()
@@ -69,8 +71,17 @@ class Attachment:
         if update.frame is not None:
             self._merge(update.frame)
         if update.end is not None:
-            self._ends.append(update.end)
+            self._end(update.key, update.end)
         self._wake.set()
+
+    def _end(self, key: AttemptKey, end: pb.AttemptEnd) -> None:
+        """The end of a choice is that of its attempt if it was the last; any other end is the attempt's."""
+        self._ends.append(end)
+        is_choice = end.WhichOneof("outcome") == "finished"
+        if is_choice:
+            self.live[key].discard(end.finished.choice)
+        if not is_choice or not self.live[key]:
+            del self.live[key]
 
     def _merge(self, frame: pb.TokenFrame) -> None:
         key = (frame.request, frame.attempt, frame.choice)
@@ -121,8 +132,6 @@ class AttachHub:
             attachment = self._attachments.get(update.key.attachment)
             if attachment is None or update.key not in attachment.live:
                 continue
-            if update.end is not None:
-                attachment.live.discard(update.key)
             attachment.add(update)
 
     def fail(self, key: AttemptKey, error: TandemError) -> None:
@@ -177,14 +186,14 @@ class AttachHub:
             case "abort":
                 key = AttemptKey(attachment.number, command.abort.request, command.abort.attempt)
                 if key in attachment.live:
-                    attachment.live.discard(key)
+                    del attachment.live[key]
                     self._handler.abort(key)
 
     def _submit(self, attachment: Attachment, submit: pb.Submit) -> None:
         key = AttemptKey(attachment.number, submit.request, submit.attempt)
         if key in attachment.live:
             return
-        attachment.live.add(key)
+        attachment.live[key] = choices_to_end(submit)
         try:
             if self.draining:
                 raise Unavailable("the worker is draining", retryable=True)

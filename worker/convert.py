@@ -6,6 +6,7 @@ from engine.engine import StepOutput
 from engine.request import FinishReason, Request, SamplingParams, TokenLogprob
 from protos.tandem.v1 import common_pb2 as pb
 from runtime.errors import TandemError
+from worker.choices import to_beams, with_choices
 
 FINISH_REASONS = {
     FinishReason.STOP: pb.FINISH_REASON_STOP,
@@ -36,20 +37,20 @@ def to_sampling(submit: pb.Submit) -> SamplingParams:
         allowed_token_ids=tuple(params.allowed_token_ids),
         bad_words=tuple(tuple(word.token_ids) for word in submit.bad_words),
         logprobs=params.logprobs if params.HasField("logprobs") else None,
+        beams=to_beams(params),
     )
 
 
 def to_request(key: tuple[int, ...], submit: pb.Submit, *, prefill_only: bool) -> Request:
-    """The engine's request of one attempt; emitted tokens continue the sequence."""
-    emitted = list(submit.emitted[0].token_ids) if submit.emitted else []
-    return Request(
+    """The engine's request of one attempt, its choices included; emitted tokens continue their sequences."""
+    request = Request(
         key=key,
         prompt_token_ids=list(submit.prompt_token_ids),
-        output_token_ids=emitted,
         sampling=to_sampling(submit),
         prefill_only=prefill_only,
         cache_salt=submit.cache_salt.encode(),
     )
+    return with_choices(request, submit)
 
 
 def from_logprob(logprob: TokenLogprob) -> pb.TokenLogprob:
@@ -70,12 +71,13 @@ def token_frame(request: int, attempt: int, output: StepOutput) -> pb.TokenFrame
     frame = pb.TokenFrame(
         request=request,
         attempt=attempt,
+        choice=output.choice,
         start_index=output.start_index,
         token_ids=output.token_ids,
         logprobs=[from_logprob(item) for item in output.logprobs or ()],
     )
     if output.start_index == 0:
-        frame.cached_tokens = output.request.num_cached_tokens
+        frame.cached_tokens = output.num_cached_tokens
     return frame
 
 
@@ -86,9 +88,11 @@ def attempt_end(request: int, attempt: int, output: StepOutput) -> pb.AttemptEnd
         return pb.AttemptEnd(request=request, attempt=attempt, failed=failed)
     if output.finish_reason is None:
         return None
-    finished = pb.ChoiceFinished(reason=FINISH_REASONS[output.finish_reason])
+    finished = pb.ChoiceFinished(choice=output.choice, reason=FINISH_REASONS[output.finish_reason])
     if output.stop_token_id is not None:
         finished.stop_token_id = output.stop_token_id
+    if output.score is not None:
+        finished.score = output.score
     return pb.AttemptEnd(request=request, attempt=attempt, finished=finished)
 
 

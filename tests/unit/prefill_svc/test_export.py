@@ -33,15 +33,24 @@ def test_a_partly_filled_block_waits_for_its_chunk() -> None:
 
 def test_commit_comes_once_and_after_the_last_block() -> None:
     item = export(20)
-    item.first = TOKEN
+    item.first_tokens = (TOKEN,)
     item.advance((1, 2), 20)
     assert item.take_commit() is None
     item.take()
-    assert item.take_commit() is TOKEN
+    assert item.take_commit() == (TOKEN,)
     assert item.take_commit() is None
 
 
 def test_a_finished_request_commits_without_its_blocks() -> None:
     item = export(20)
-    item.first = LAST
-    assert item.take_commit() is LAST
+    item.first_tokens = (LAST,)
+    assert item.take_commit() == (LAST,)
+
+
+def test_one_choice_that_goes_on_needs_all_blocks() -> None:
+    item = export(20)
+    item.first_tokens = (LAST, FirstToken(choice=1, token_id=6))
+    assert item.take_commit() is None
+    item.advance((1, 2), 20)
+    item.take()
+    assert item.take_commit() == (LAST, FirstToken(choice=1, token_id=6))

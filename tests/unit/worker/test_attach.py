@@ -83,6 +83,35 @@ async def test_steps_that_were_not_yet_sent_become_one_frame() -> None:
     await gateway.events.aclose()
 
 
+async def test_an_attempt_ends_with_its_last_choice() -> None:
+    hub, _ = hub_and_handler()
+    gateway = await started(hub)
+    emitted = [pb.ChoiceTokens(choice=2), pb.ChoiceTokens(choice=3)]
+    for request, choices in ((5, []), (6, emitted), (7, [])):
+        sampling = pb.SamplingParams(n=2, use_beam_search=request == 7, best_of=4 if request == 7 else 2)
+        gateway.send(
+            submit=pb.Submit(
+                request=request, attempt=1, transfer_id=bytes(16), sampling=sampling, emitted=choices
+            )
+        )
+    await anext(gateway.events)
+
+    def end(request: int, choice: int) -> TokenUpdate:
+        finished = pb.ChoiceFinished(choice=choice)
+        end = pb.AttemptEnd(request=request, attempt=1, finished=finished)
+        return TokenUpdate(AttemptKey(0, request, 1), None, end)
+
+    hub.publish([end(5, 0), end(6, 3), end(7, 0)])
+    assert hub.num_live == 3
+    hub.publish([end(5, 1), end(6, 2), end(7, 1), end(5, 0)])
+    assert hub.num_live == 0
+    event = await anext(gateway.events)
+    assert [(each.request, each.finished.choice) for each in event.ends] == [
+        (5, 0), (6, 3), (7, 0), (5, 1), (6, 2), (7, 1),
+    ]  # fmt: skip
+    await gateway.events.aclose()
+
+
 async def test_updates_of_ended_and_unknown_attempts_are_dropped() -> None:
     hub, _ = hub_and_handler()
     gateway = await started(hub, 5)
