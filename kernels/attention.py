@@ -8,27 +8,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-MIN_BUCKET_BLOCKS = 4
-"""Decode contexts are padded to a power of two of blocks, and to this many."""
-
 
 @dataclass(frozen=True, kw_only=True)
-class DecodeBucket:
-    """Single queries whose contexts are padded to one length of `num_blocks` blocks.
-
-    The length depends on the request's own context alone, so neither its cost nor a bit of its result
-    depends on the rest of the batch.
-    """
+class DecodeRows:
+    """Every request with a single query, as flat integers: all that one kernel launch needs."""
 
     rows: Tensor
     """int64 [num_seqs]: row of the packed batch of each query."""
-    num_blocks: int
+    context_lens: Tensor
+    """int64 [num_seqs]."""
     block_ids: Tensor
-    """int64 [num_seqs * num_blocks]; padding repeats the request's own first block."""
-    hidden: Tensor
-    """bool [num_seqs, 1, 1, num_blocks * block_size]: beyond the context."""
-    hidden_rows: Tensor
-    """int64: indices of the hidden slots among all num_seqs * num_blocks * block_size."""
+    """int64: the blocks of all contexts, request after request."""
+    first_blocks: Tensor
+    """int64 [num_seqs]: where each request's blocks start in `block_ids`."""
+    longest: int
+    """Largest of `context_lens`; 0 if there are no requests."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,19 +52,32 @@ class AttentionBatch:
     device: torch.device
 
     @cached_property
+    def num_tokens(self) -> int:
+        """Rows of requests; those behind them are padding."""
+        return sum(self.query_lens)
+
+    @cached_property
     def prefill_spans(self) -> list[PrefillSpan]:
         """Requests with more than one query."""
         return [self._span(seq, row) for seq, row in self._starts() if self.query_lens[seq] > 1]
 
     @cached_property
-    def decode_buckets(self) -> list[DecodeBucket]:
-        """Requests with one query, by padded length of their context."""
-        buckets: dict[int, list[tuple[int, int]]] = {}
-        for seq, row in self._starts():
-            if self.query_lens[seq] == 1:
-                num_blocks = max(self._num_blocks(seq), MIN_BUCKET_BLOCKS)
-                buckets.setdefault(1 << (num_blocks - 1).bit_length(), []).append((seq, row))
-        return [self._bucket(num_blocks, members) for num_blocks, members in buckets.items()]
+    def decode_rows(self) -> DecodeRows:
+        """Requests with one query."""
+        decodes = [(seq, row) for seq, row in self._starts() if self.query_lens[seq] == 1]
+        block_ids: list[int] = []
+        first_blocks: list[int] = []
+        for seq, _ in decodes:
+            first_blocks.append(len(block_ids))
+            block_ids += self._blocks(seq)
+        context_lens = [self.context_lens[seq] for seq, _ in decodes]
+        return DecodeRows(
+            rows=self._tensor([row for _, row in decodes]),
+            context_lens=self._tensor(context_lens),
+            block_ids=self._tensor(block_ids),
+            first_blocks=self._tensor(first_blocks),
+            longest=max(context_lens, default=0),
+        )
 
     def _starts(self) -> list[tuple[int, int]]:
         starts, row = [], 0
@@ -79,8 +86,8 @@ class AttentionBatch:
             row += query_len
         return starts
 
-    def _num_blocks(self, seq: int) -> int:
-        return -(-self.context_lens[seq] // self.block_size)
+    def _blocks(self, seq: int) -> Sequence[int]:
+        return self.block_tables[seq][: -(-self.context_lens[seq] // self.block_size)]
 
     def _span(self, seq: int, first_row: int) -> PrefillSpan:
         num_rows, context_len = self.query_lens[seq], self.context_lens[seq]
@@ -92,24 +99,8 @@ class AttentionBatch:
             first_row=first_row,
             num_rows=num_rows,
             context_len=context_len,
-            block_ids=self._tensor(self.block_tables[seq][: self._num_blocks(seq)]),
+            block_ids=self._tensor(self._blocks(seq)),
             visible=visible,
-        )
-
-    def _bucket(self, num_blocks: int, members: list[tuple[int, int]]) -> DecodeBucket:
-        block_ids: list[int] = []
-        for seq, _ in members:
-            table = self.block_tables[seq][: self._num_blocks(seq)]
-            block_ids += table
-            block_ids += [table[0]] * (num_blocks - len(table))
-        context_lens = self._tensor([self.context_lens[seq] for seq, _ in members])
-        hidden = self._arange(0, num_blocks * self.block_size) >= context_lens.unsqueeze(1)
-        return DecodeBucket(
-            rows=self._tensor([row for _, row in members]),
-            num_blocks=num_blocks,
-            block_ids=self._tensor(block_ids),
-            hidden=hidden[:, None, None, :],
-            hidden_rows=hidden.flatten().nonzero().squeeze(1),
         )
 
     def _arange(self, start: int, end: int) -> Tensor:
@@ -124,56 +115,54 @@ def paged_attention(q: Tensor, kv_layer: Tensor, batch: AttentionBatch, scale: f
 
     q: [num_rows, num_q_heads, head_dim], kv_layer: [2, num_blocks, block_size, num_kv_heads, head_dim];
     query head h reads KV head h // (num_q_heads / num_kv_heads). Rows of no request come out as zeros.
-    The cost depends on the contexts, not on the pool.
+    The cost depends on the contexts, not on the pool; each request is computed by itself, so that its bits
+    do not depend on its batch.
     """
-    out = torch.zeros_like(q)
-    for bucket in batch.decode_buckets:
-        out.index_copy_(0, bucket.rows, _decode(q, kv_layer, bucket, scale))
-    for span in batch.prefill_spans:
-        rows = slice(span.first_row, span.first_row + span.num_rows)
-        out[rows] = _prefill(q[rows], kv_layer, span, scale)
+    out = empty_output(q, batch)
+    decode(q, kv_layer, batch.decode_rows, scale, out)
+    prefill(q, kv_layer, batch, scale, out)
     return out
 
 
-def _decode(q: Tensor, kv_layer: Tensor, bucket: DecodeBucket, scale: float) -> Tensor:
+def empty_output(q: Tensor, batch: AttentionBatch) -> Tensor:
+    """The result of `paged_attention` before its requests are computed."""
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    out[batch.num_tokens :] = 0
+    return out
+
+
+def decode(q: Tensor, kv_layer: Tensor, rows: DecodeRows, scale: float, out: Tensor) -> None:
     """One query per request: the q heads that share a KV head are the rows of one small matrix product."""
+    block_size = kv_layer.shape[2]
+    each = zip(rows.rows.tolist(), rows.context_lens.tolist(), rows.first_blocks.tolist(), strict=True)
+    for row, context_len, first_block in each:
+        block_ids = rows.block_ids[first_block : first_block - (-context_len // block_size)]
+        keys, values = _context(kv_layer, block_ids, context_len)
+        queries = q[row].view(keys.shape[0], -1, keys.shape[2])
+        scores = torch.bmm(queries, keys.transpose(1, 2)) * scale
+        probs = scores.softmax(-1, dtype=torch.float32).to(q.dtype)
+        out[row] = torch.bmm(probs, values).view(q.shape[1:])
+
+
+def prefill(q: Tensor, kv_layer: Tensor, batch: AttentionBatch, scale: float, out: Tensor) -> None:
+    """Several queries per request."""
     num_kv_heads, head_dim = kv_layer.shape[3:]
-    num_seqs = len(bucket.rows)
-    keys = _contexts(kv_layer[0].index_select(0, bucket.block_ids), num_seqs)
-    values = kv_layer[1].index_select(0, bucket.block_ids)
-    # Whoever wrote the slots beyond the context last may have left NaN, which a weight of 0 lets through.
-    values.flatten(0, 1).index_fill_(0, bucket.hidden_rows, 0)
-    queries = q.index_select(0, bucket.rows).view(num_seqs * num_kv_heads, -1, head_dim)
-    scores = torch.bmm(queries, keys.transpose(1, 2)).float() * scale
-    scores = scores.view(num_seqs, num_kv_heads, -1, keys.shape[1]).masked_fill_(bucket.hidden, -torch.inf)
-    probs = scores.softmax(-1).to(q.dtype).flatten(0, 1)
-    return torch.bmm(probs, _contexts(values, num_seqs)).view(num_seqs, -1, head_dim)
+    for span in batch.prefill_spans:
+        rows = slice(span.first_row, span.first_row + span.num_rows)
+        keys, values = _context(kv_layer, span.block_ids, span.context_len).unsqueeze(2)
+        queries = q[rows].view(span.num_rows, num_kv_heads, -1, head_dim).permute(1, 2, 0, 3)
+        shape = (num_kv_heads, queries.shape[1], span.context_len, head_dim)
+        attended = F.scaled_dot_product_attention(
+            queries,
+            keys.expand(shape),
+            values.expand(shape),
+            attn_mask=span.visible,
+            is_causal=span.visible is None,
+            scale=scale,
+        )
+        out[rows].view(span.num_rows, num_kv_heads, -1, head_dim).copy_(attended.permute(2, 0, 1, 3))
 
 
-def _contexts(blocks: Tensor, num_seqs: int) -> Tensor:
-    """[num_seqs * num_blocks, block_size, num_kv_heads, head_dim] -> [num_seqs * num_kv_heads, len, dim]."""
-    _, _, num_kv_heads, head_dim = blocks.shape
-    by_head = blocks.view(num_seqs, -1, num_kv_heads, head_dim).transpose(1, 2)
-    return by_head.reshape(num_seqs * num_kv_heads, -1, head_dim)
-
-
-def _prefill(q: Tensor, kv_layer: Tensor, span: PrefillSpan, scale: float) -> Tensor:
-    keys, values = (
-        _per_query_head(side.index_select(0, span.block_ids).flatten(0, 1)[: span.context_len], q.shape[1])
-        for side in kv_layer
-    )
-    attended = F.scaled_dot_product_attention(
-        q.transpose(0, 1).unsqueeze(0),
-        keys,
-        values,
-        attn_mask=span.visible,
-        is_causal=span.visible is None,
-        scale=scale,
-    )
-    return attended[0].transpose(0, 1)
-
-
-def _per_query_head(side: Tensor, num_q_heads: int) -> Tensor:
-    """[context_len, num_kv_heads, head_dim] -> [1, num_q_heads, context_len, head_dim]."""
-    repeats = num_q_heads // side.shape[1]
-    return side.transpose(0, 1).repeat_interleave(repeats, dim=0).unsqueeze(0)
+def _context(kv_layer: Tensor, block_ids: Tensor, context_len: int) -> Tensor:
+    """Keys and values of a context, gathered: [2, num_kv_heads, context_len, head_dim]."""
+    return kv_layer.index_select(1, block_ids).flatten(1, 2)[:, :context_len].transpose(1, 2)

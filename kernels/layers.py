@@ -15,31 +15,25 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return weight * (x_f32 * torch.rsqrt(variance + eps)).to(x.dtype)
 
 
-def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """The residual stream after adding `x`, normalised, and as it is.
+def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """rms_norm(x + residual); the sum is left in `residual`.
 
-    x, residual: [num_tokens, hidden]. Returns (rms_norm(x + residual), x + residual).
+    x, residual: [num_tokens, hidden].
     """
-    residual = x + residual
-    return rms_norm(residual, weight, eps), residual
+    residual += x
+    return rms_norm(residual, weight, eps)
 
 
-def rope(
-    q: Tensor, k: Tensor, positions: Tensor, cos_table: Tensor, sin_table: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Rotary position embedding (Su et al. 2021), halves rotated against each other as Llama does.
+def rope(heads: Tensor, positions: Tensor, cos_table: Tensor, sin_table: Tensor) -> None:
+    """Rotary position embedding (Su et al. 2021) in place, halves rotated against each other as Llama does.
 
-    q: [num_tokens, num_q_heads, head_dim], k: [num_tokens, num_kv_heads, head_dim],
-    positions: int64 [num_tokens], tables: fp32 [max_model_len, head_dim / 2].
+    heads: [num_tokens, num_heads, head_dim], q and k heads alike, positions: int64 [num_tokens], tables:
+    fp32 [max_model_len, head_dim / 2].
     """
     cos = cos_table.index_select(0, positions).unsqueeze(1)
     sin = sin_table.index_select(0, positions).unsqueeze(1)
-    return _rotate(q, cos, sin), _rotate(k, cos, sin)
-
-
-def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    first, second = x.float().chunk(2, dim=-1)
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
+    first, second = heads.float().chunk(2, dim=-1)
+    heads.copy_(torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1))
 
 
 def silu_mul(gate_up: Tensor) -> Tensor:

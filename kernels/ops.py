@@ -1,19 +1,20 @@
 """The operators by the one name that callers use, bound once at import.
 
-Each name is bound to its plain torch reference, which is the specification.
+`layers`, `attention`, `paged_kv` and `sampling` are plain torch: the specification, and what runs where there
+is nothing faster. `native` takes over fp32 on CPUs.
 """
 
-from kernels import attention, checksums, layers, paged_kv, sampling, verification
+from kernels import checksums, layers, native, paged_kv, sampling, verification
 
 rms_norm = layers.rms_norm
-add_rms_norm = layers.add_rms_norm
-rope = layers.rope
-silu_mul = layers.silu_mul
-store_kv = paged_kv.store_kv
+add_rms_norm = native.add_rms_norm
+rope = native.rope
+silu_mul = native.silu_mul
+store_kv = native.store_kv
 copy_blocks = paged_kv.copy_blocks
 gather_blocks = paged_kv.gather_blocks
 scatter_blocks = paged_kv.scatter_blocks
-paged_attention = attention.paged_attention
+paged_attention = native.paged_attention
 checksum = checksums.checksum
 gumbel_noise = sampling.gumbel_noise
 sample = sampling.sample

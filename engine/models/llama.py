@@ -4,27 +4,16 @@ It knows nothing of checkpoints' names, of requests or of policy. Shapes: n rows
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from engine.models.config import LlamaConfig
+from engine.models.linear import linear
 from engine.models.rope import RopeTables
 from kernels import ops
 from kernels.attention import AttentionBatch
-
-
-@dataclass(frozen=True)
-class Linear:
-    """y = x @ weight.T + bias; weight: [out, in]."""
-
-    weight: Tensor
-    bias: Tensor | None
-
-    def apply(self, x: Tensor) -> Tensor:
-        """x: [..., in] -> [..., out]."""
-        return F.linear(x, self.weight, self.bias)
 
 
 class LlamaLayer:
@@ -35,7 +24,7 @@ class LlamaLayer:
         self._attention_norm = weights[f"{prefix}.attention_norm"]
         self._mlp_norm = weights[f"{prefix}.mlp_norm"]
         self._qkv, self._o, self._gate_up, self._down = (
-            Linear(weights[f"{prefix}.{name}.weight"], weights.get(f"{prefix}.{name}.bias"))
+            linear(weights[f"{prefix}.{name}.weight"], weights.get(f"{prefix}.{name}.bias"))
             for name in ("qkv", "o", "gate_up", "down")
         )
 
@@ -48,13 +37,13 @@ class LlamaLayer:
         kv_layer: Tensor,
         slot_mapping: Tensor,
         attention: AttentionBatch,
-    ) -> tuple[Tensor, Tensor]:
-        """x, residual: [n, h], summed on entry. Returns this layer's output and the residual before it."""
+    ) -> Tensor:
+        """x, residual: [n, h], summed on entry, the sum left in `residual`. Returns this layer's output."""
         eps = self._config.rms_norm_eps
-        x, residual = ops.add_rms_norm(x, residual, self._attention_norm, eps)
+        x = ops.add_rms_norm(x, residual, self._attention_norm, eps)
         x = self._attend(x, positions, rope, kv_layer, slot_mapping, attention)
-        x, residual = ops.add_rms_norm(x, residual, self._mlp_norm, eps)
-        return self._down.apply(ops.silu_mul(self._gate_up.apply(x))), residual
+        x = ops.add_rms_norm(x, residual, self._mlp_norm, eps)
+        return self._down.apply(ops.silu_mul(self._gate_up.apply(x)))
 
     def _attend(
         self,
@@ -67,8 +56,8 @@ class LlamaLayer:
     ) -> Tensor:
         config = self._config
         heads = self._qkv.apply(x).view(len(x), -1, config.head_dim)
+        ops.rope(heads[:, : -config.num_kv_heads], positions, rope.cos, rope.sin)
         q, k, v = heads.split((config.num_q_heads, config.num_kv_heads, config.num_kv_heads), dim=1)
-        q, k = ops.rope(q, k, positions, rope.cos, rope.sin)
         ops.store_kv(k, v, kv_layer, slot_mapping)
         attended = ops.paged_attention(q, kv_layer, attention, config.head_dim**-0.5)
         return self._o.apply(attended.view(len(x), -1))
@@ -82,7 +71,7 @@ class Llama:
         self._rope = rope
         self._embed = weights["embed"]
         self._norm = weights["norm"]
-        self._lm_head = weights["embed" if config.tie_word_embeddings else "lm_head"]
+        self._lm_head = linear(weights["embed" if config.tie_word_embeddings else "lm_head"])
         self._layers = [LlamaLayer(config, weights, f"layers.{i}") for i in range(config.num_layers)]
 
     def forward(
@@ -99,11 +88,11 @@ class Llama:
         head_dim]; slot_mapping: int64 [num_tokens <= n], rows beyond it are padding.
         """
         x = F.embedding(token_ids, self._embed)
-        residual = x.new_zeros(())
+        residual = torch.zeros_like(x)
         for layer, kv_layer in zip(self._layers, kv_group, strict=True):
-            x, residual = layer.forward(x, residual, positions, self._rope, kv_layer, slot_mapping, attention)
-        return ops.add_rms_norm(x, residual, self._norm, self.config.rms_norm_eps)[0]
+            x = layer.forward(x, residual, positions, self._rope, kv_layer, slot_mapping, attention)
+        return ops.add_rms_norm(x, residual, self._norm, self.config.rms_norm_eps)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """fp32 [n, vocab_size] of hidden states [n, h]."""
-        return F.linear(hidden, self._lm_head).float()
+        return self._lm_head.apply(hidden).float()
