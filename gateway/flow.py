@@ -16,15 +16,17 @@ from dataclasses import dataclass, field, replace
 
 from gateway.admission import Admission
 from gateway.fleet import Fleet
+from gateway.grammar_check import GrammarCheck
 from gateway.metrics import GatewayMetrics, RequestMeter, outcome_of
 from gateway.model import ServedModel
 from gateway.output import Delta, TextOutput
 from gateway.prompts import Messages, bad_word_token_ids, tokenize
 from gateway.run import Prepared, RequestRun
-from gateway.validation import ModelLimits, check_prompt, complete_sampling
+from gateway.validation import ModelLimits, check_prompt, client_names, complete_sampling
 from protos.tandem.v1 import common_pb2 as pb
 from runtime.clock import SystemClock
 from runtime.errors import AlreadyExists, Cancelled, TandemError, Unavailable
+from runtime.grammars import Grammar
 
 logger = logging.getLogger(__name__)
 
@@ -75,6 +77,7 @@ class Flow:
         model: ServedModel,
         fleet: Fleet,
         metrics: GatewayMetrics,
+        grammars: GrammarCheck,
         *,
         max_concurrent_requests: int,
         max_waiting_requests: int,
@@ -85,6 +88,7 @@ class Flow:
         self.fleet = fleet
         self.draining = False
         self._metrics = metrics
+        self._grammars = grammars
         # For measuring: uvloop's own time has a resolution of 1 ms.
         self._clock = SystemClock()
         self._admission = Admission(max_concurrent_requests, max_waiting_requests)
@@ -206,6 +210,7 @@ class Flow:
             default_max_tokens=asked.default_max_tokens,
             names=asked.names,
         )
+        await self._check_grammar(sampling.structured_output, asked.names)
         left_s = live.arrived_s + min(asked.timeout_s, self._request_timeout_s) - self._clock.now()
         return Prepared(
             number=live.number,
@@ -216,6 +221,13 @@ class Flow:
             deadline=asyncio.get_running_loop().time() + left_s,
             traceparent=asked.traceparent,
         )
+
+    async def _check_grammar(self, output: pb.StructuredOutput, names: Mapping[str, str]) -> None:
+        kind = output.WhichOneof("constraint")
+        if kind is not None:
+            value = output.choice.texts if kind == "choice" else getattr(output, kind)
+            with client_names(names):
+                await self._grammars.check(Grammar.of(kind, value))
 
     async def _run(self, request: Prepared, live: Live) -> AsyncGenerator[Delta, None]:
         """The admitted request; its first delta names the prompt's token ids."""

@@ -19,6 +19,7 @@ from grpc_reflection.v1alpha import reflection
 
 from gateway.fleet import Fleet
 from gateway.flow import Flow
+from gateway.grammar_check import GrammarCheck
 from gateway.http import HttpFace, build_app
 from gateway.malformed import MalformedMessages
 from gateway.metrics import GatewayMetrics
@@ -56,10 +57,12 @@ class Gateway:
         self.metrics = GatewayMetrics()
         gateway_id = f"gateway-{secrets.token_hex(4)}"
         self.fleet = Fleet(Registry(SystemClock(), model.tokenizer_hash), gateway_id, self.metrics)
+        self._grammars = GrammarCheck(model.root / "tokenizer.json", model.limits.vocab_size)
         self.flow = Flow(
             model,
             self.fleet,
             self.metrics,
+            self._grammars,
             max_concurrent_requests=settings.max_concurrent_requests,
             max_waiting_requests=settings.max_waiting_requests,
             request_timeout_s=settings.request_timeout_s,
@@ -114,6 +117,7 @@ class Gateway:
                 health_watch.cancel()
                 fleet.cancel()
                 await self._internal.stop(0)
+                await self._grammars.close()
 
     async def drain(self, timeout: float) -> None:
         """Not ready from now on; running requests have `timeout` seconds."""

@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from gateway.prompts import Messages
+from gateway.structured import FIELDS as STRUCTURED_FIELDS
+from gateway.structured import structured_output
 from protos.tandem.v1 import common_pb2 as pb
 from runtime.errors import InvalidRequest
 
@@ -42,7 +44,7 @@ BOOL_FIELDS = ("ignore_eos", "include_stop_str_in_output")
 COMMON_FIELDS = frozenset(
     {*INT_FIELDS, *FLOAT_FIELDS, *BOOL_FIELDS}
     | {"model", "stream", "stream_options", "stop", "stop_token_ids", "logit_bias", "logprobs"}
-    | {"allowed_token_ids", "bad_words", "return_token_ids", "request_id"}
+    | {*STRUCTURED_FIELDS, "allowed_token_ids", "bad_words", "return_token_ids", "request_id"}
 )
 
 HARMLESS_FIELDS = frozenset(
@@ -59,7 +61,6 @@ ONLY_VALUES: Mapping[str, tuple[Any, ...]] = {
     "tools": ([],),
     "tool_choice": ("none", "auto"),
     "functions": ([],),
-    "response_format": ({"type": "text"},),
     "modalities": (["text"],),
     "skip_special_tokens": (True,),
     "spaces_between_special_tokens": (True,),
@@ -101,7 +102,7 @@ class ApiRequest:
 def parse_completion(body: Body) -> ApiRequest:
     """A body of /v1/completions; InvalidRequest names the field."""
     _check_fields(body, COMMON_FIELDS | {"prompt"})
-    sampling = _sampling(body)
+    sampling, names = _sampling(body)
     if (logprobs := _int(body, "logprobs", UINT32)) is not None:
         sampling.logprobs = logprobs
     return ApiRequest(
@@ -109,6 +110,7 @@ def parse_completion(body: Body) -> ApiRequest:
         prompt=_prompt(body),
         sampling=sampling,
         default_max_tokens=DEFAULT_COMPLETION_TOKENS,
+        names=names,
         **_common(body),
     )
 
@@ -120,7 +122,8 @@ def parse_chat(body: Body) -> ApiRequest:
     if body.get("max_completion_tokens") is not None:
         names["max_tokens"] = "max_completion_tokens"
         body = body | {"max_tokens": _int(body, "max_completion_tokens", UINT32)}
-    sampling = _sampling(body)
+    sampling, structured_names = _sampling(body)
+    names |= structured_names
     top_logprobs = _int(body, "top_logprobs", UINT32)
     if _bool(body, "logprobs"):
         sampling.logprobs = top_logprobs or 0
@@ -180,7 +183,8 @@ def _check_fields(body: Body, known: frozenset[str]) -> None:
             raise InvalidRequest(f"this value of {name!r} is not supported", field=name)
 
 
-def _sampling(body: Body) -> pb.SamplingParams:
+def _sampling(body: Body) -> tuple[pb.SamplingParams, dict[str, str]]:
+    """(sampling, what the body calls its fields where it has several names for one)."""
     sampling = pb.SamplingParams()
     for name, bounds in INT_FIELDS.items():
         if (number := _int(body, name, bounds)) is not None:
@@ -198,7 +202,11 @@ def _sampling(body: Body) -> pb.SamplingParams:
     if body.get("allowed_token_ids") is not None:
         sampling.allowed_token_ids.extend(_allowed_token_ids(body))
     sampling.bad_words.extend(_bad_words(body))
-    return sampling
+    structured = structured_output(body)
+    if structured is None:
+        return sampling, {}
+    sampling.structured_output.CopyFrom(structured[1])
+    return sampling, {"structured_output": structured[0]}
 
 
 def _prompt(body: Body) -> str | list[int]:

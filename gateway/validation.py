@@ -4,7 +4,8 @@ A field that changes the output is either obeyed or refused by name, never ignor
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from protos.tandem.v1 import common_pb2 as pb
@@ -15,6 +16,7 @@ MAX_STOP_BYTES = 256
 MAX_STOP_TOKEN_IDS = 256
 MAX_LOGPROBS = 20
 MAX_LOGIT_BIAS = 300
+MAX_GRAMMAR_BYTES = 128 * 1024
 MAX_BAD_WORDS = 32
 MAX_BAD_WORD_BYTES = 256
 
@@ -75,7 +77,6 @@ UNSUPPORTED = frozenset(
         "use_beam_search",
         "length_penalty",
         "early_stopping",
-        "structured_output",
     }
 )
 """Fields of SamplingParams that are refused."""
@@ -92,13 +93,20 @@ def complete_sampling(
 ) -> pb.SamplingParams:
     """The sampling that workers get: every field set and in range.
 
-    `names` maps a field to the name that the client knows it by. `default_max_tokens` stands in for an
-    unset max_tokens where the API has a fixed default. Raises InvalidRequest naming the field.
+    `default_max_tokens` stands in for an unset max_tokens where the API has a fixed default. Raises
+    InvalidRequest naming the field as in `names`.
     """
-    try:
+    with client_names(names or {}):
         return _complete(asked, limits, num_prompt_tokens, draw_seed, default_max_tokens)
+
+
+@contextmanager
+def client_names(names: Mapping[str, str]) -> Iterator[None]:
+    """InvalidRequest names fields as the client knows them: `names` maps a field to the client's name."""
+    try:
+        yield
     except InvalidRequest as error:
-        known_as = (names or {}).get(error.field or "")
+        known_as = names.get(error.field or "")
         if known_as is None or error.field is None:
             raise
         message = error.message
@@ -134,6 +142,8 @@ def _complete(
     _check_token_ids(full.allowed_token_ids, limits.vocab_size, "allowed_token_ids", limits.vocab_size)
     _check_bad_words(full.bad_words)
     _check_logprobs(full, "logprobs")
+    if full.HasField("structured_output"):
+        _check_structured(full.structured_output)
     return full
 
 
@@ -204,6 +214,18 @@ def _check_bad_words(words: Sequence[str]) -> None:
 def _check_logprobs(full: pb.SamplingParams, name: str) -> None:
     if full.HasField(name) and getattr(full, name) > MAX_LOGPROBS:
         raise InvalidRequest(f"{name} must be at most {MAX_LOGPROBS}, got {getattr(full, name)}", field=name)
+
+
+def _check_structured(output: pb.StructuredOutput) -> None:
+    """Sizes alone; whether it is a grammar at all is for `grammar_check`."""
+    name = "structured_output"
+    kind = output.WhichOneof("constraint")
+    if kind is None or (kind == "json_object" and not output.json_object):
+        raise InvalidRequest(f"{name}: no constraint is set", field=name)
+    if output.ByteSize() > MAX_GRAMMAR_BYTES:
+        raise InvalidRequest(f"{name}: at most {MAX_GRAMMAR_BYTES} bytes", field=name)
+    if kind == "choice" and not (output.choice.texts and all(output.choice.texts)):
+        raise InvalidRequest(f"{name}: choices must be texts with at least one character", field=name)
 
 
 def _check_token_ids(token_ids: Sequence[int], vocab_size: int, name: str, max_ids: int) -> None:

@@ -4,6 +4,7 @@ Gateways compile to judge a client's grammar, workers to obey it; both get the s
 """
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -34,6 +35,13 @@ class Grammar:
     kind: GrammarKind
     text: str
     """JSON schema, regular expression, Lark or GBNF grammar, or a JSON list of choices."""
+
+    @classmethod
+    def of(cls, kind: GrammarKind, value: str | bool | Sequence[str]) -> "Grammar":
+        """From what stands on the wire: a text, the flag of `json_object`, or the choices."""
+        if isinstance(value, bool):
+            return cls(kind, "")
+        return cls(kind, value if isinstance(value, str) else json.dumps(list(value)))
 
 
 def load_tokenizer(file: Path, *, vocab_size: int, end_token_ids: tuple[int, ...]) -> LLTokenizer:

@@ -6,6 +6,7 @@ from engine.engine import StepOutput
 from engine.request import FinishReason, Request, SamplingParams, TokenLogprob
 from protos.tandem.v1 import common_pb2 as pb
 from runtime.errors import TandemError
+from runtime.grammars import Grammar
 from worker.choices import to_beams, with_choices
 
 FINISH_REASONS = {
@@ -35,10 +36,20 @@ def to_sampling(submit: pb.Submit) -> SamplingParams:
         ignore_eos=params.ignore_eos,
         logit_bias=dict(params.logit_bias),
         allowed_token_ids=tuple(params.allowed_token_ids),
+        grammar=to_grammar(params),
         bad_words=tuple(tuple(word.token_ids) for word in submit.bad_words),
         logprobs=params.logprobs if params.HasField("logprobs") else None,
         beams=to_beams(params),
     )
+
+
+def to_grammar(params: pb.SamplingParams) -> Grammar | None:
+    """What the text must match; None: anything."""
+    output = params.structured_output
+    kind = output.WhichOneof("constraint")
+    if kind is None:
+        return None
+    return Grammar.of(kind, output.choice.texts if kind == "choice" else getattr(output, kind))
 
 
 def to_request(key: tuple[int, ...], submit: pb.Submit, *, prefill_only: bool) -> Request:

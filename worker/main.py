@@ -36,6 +36,7 @@ from runtime.version import PROTOCOL_MAJOR, VERSION
 from worker.attach import AttachHub, AttemptHandler
 from worker.bridge import EngineBridge
 from worker.engine_thread import EngineThread, StepHandler
+from worker.grammar_intake import GrammarIntake
 from worker.membership import Membership
 from worker.metrics import WorkerMetrics
 
@@ -54,7 +55,7 @@ class WorkerParts:
     identity: common_pb2.WorkerIdentity
     facts: KvFacts
     engine: Engine
-    """Only its immutable parts (tensors of the pool, model facts) may be read outside its thread."""
+    """Outside its thread only `grammars` and what never changes (the pool's tensors, facts) are used."""
     bridge: EngineBridge
     metrics: WorkerMetrics
 
@@ -152,7 +153,8 @@ class Worker:
             bridge=self._bridge, metrics=self._metrics,
         )  # fmt: skip
         self._role = factory(parts)
-        self._bridge.hub = AttachHub(self._role, self._load)
+        intake = GrammarIntake(self._role, engine.grammars, self._bridge.fail)
+        self._bridge.hub = AttachHub(intake, self._load)
         self._bridge.thread = EngineThread(engine, self._role, self._on_engine_death)
         self._metrics.watch(self._bridge.load)
         self._metrics.watch_prefix_cache(engine.prefix_cache_stats)

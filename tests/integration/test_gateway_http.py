@@ -199,7 +199,7 @@ BAD: list[tuple[str, dict[str, Any], str]] = [
     ),
     (
         "chat/completions",
-        {"messages": [{"role": "user", "content": "x"}], "response_format": {"type": "json_object"}},
+        {"messages": [{"role": "user", "content": "x"}], "response_format": {"type": "json"}},
         "response_format",
     ),
     (
