@@ -1,10 +1,10 @@
-"""The engine thread's half of the intake: reservations in order of arrival, and scatters.
+"""The engine thread's half of the intake: reservations in the policy's order, and scatters.
 
 That thread alone allocates and frees blocks, so a frame that is still wanted when `scatter` looks cannot
 lose its blocks before the copy ends, and a late one finds nothing.
 """
 
-from collections import deque
+from bisect import insort
 from collections.abc import Callable
 
 from torch import Tensor
@@ -26,8 +26,8 @@ class Receiving:
     ) -> None:
         self._reserved = reserved
         self._refused = refused
-        # First come, first served; bounded by the attempts that gateways have open.
-        self._waiting: deque[tuple[bytes, Request]] = deque()
+        # In the order of the scheduling policy; bounded by the attempts that gateways have open.
+        self._waiting: list[tuple[bytes, Request]] = []
         self._live: dict[bytes, Request] = {}
 
     @property
@@ -35,9 +35,10 @@ class Receiving:
         """Reservations for which the pool has no room yet."""
         return len(self._waiting)
 
-    def want(self, transfer_id: bytes, request: Request) -> None:
+    def want(self, engine: Engine, transfer_id: bytes, request: Request) -> None:
         """Reserve for this request as soon as there is room."""
-        self._waiting.append((transfer_id, request))
+        engine.enter(request)
+        insort(self._waiting, (transfer_id, request), key=lambda item: item[1].rank)
 
     def reserve_waiting(self, engine: Engine) -> None:
         """Reserve for as many waiting requests as the pool admits, in order."""
@@ -51,7 +52,7 @@ class Receiving:
             else:
                 self._live[transfer_id] = request
                 self._reserved(transfer_id, len(request.block_tables[0]), request.num_cached_tokens)
-            self._waiting.popleft()
+            del self._waiting[0]
 
     def scatter(self, engine: Engine, transfer_id: bytes, rectangle: Rectangle, slab: Tensor) -> None:
         """Copy a frame into the request's blocks; a transfer that has ended leaves no trace."""
@@ -69,7 +70,7 @@ class Receiving:
 
     def drop(self, engine: Engine, transfer_id: bytes) -> None:
         """Forget a transfer and free its blocks."""
-        self._waiting = deque(item for item in self._waiting if item[0] != transfer_id)
+        self._waiting = [item for item in self._waiting if item[0] != transfer_id]
         request = self._live.pop(transfer_id, None)
         if request is not None:
             engine.abort(request.key)

@@ -4,7 +4,7 @@ The life of an attempt here:
 1. Submit without a peer: the engine prefills and decodes by itself. With a peer, Submit (from the
    gateway) and Offer (over the prefill worker's link) come in either order and are paired by the
    transfer id; a link holds an Offer without Submit for RESERVE_TIMEOUT_S.
-2. The engine reserves blocks for the whole sequence, first come first served; while its pool is full
+2. The engine reserves blocks for the whole sequence, in the order of its policy; while its pool is full
    the reservation waits. Reserved goes to the prefill worker: only now may frames come.
 3. The link's pump receives a frame into a slab; the engine thread scatters it into the reserved blocks
    if the transfer is still alive, and gives the slab back either way.
@@ -22,12 +22,13 @@ from decode_svc.links import DecodeLink, DecodeLinks
 from decode_svc.receiving import Receiving
 from decode_svc.service import DecodeServicer
 from engine.engine import Engine, StepResult
+from engine.outputs import PreemptionMode
 from engine.request import Request
 from kvtransfer.messages import Commit
 from protos.tandem.v1 import common_pb2 as pb
 from protos.tandem.v1 import decode_pb2, decode_pb2_grpc, kvlink_pb2, kvlink_pb2_grpc
 from runtime.clock import SystemClock
-from runtime.errors import AlreadyExists, TandemError
+from runtime.errors import AlreadyExists, Preempted, TandemError
 from worker.attach import AttemptKey
 from worker.choices import first_samples
 from worker.convert import to_request
@@ -106,7 +107,9 @@ class DecodeRole:
     def _pair(self, incoming: Incoming, link: DecodeLink) -> None:
         incoming.link = link
         link.hold(incoming.transfer_id)
-        self._bridge.thread.post(lambda _: self.receiving.want(incoming.transfer_id, incoming.request))
+        self._bridge.thread.post(
+            lambda engine: self.receiving.want(engine, incoming.transfer_id, incoming.request)
+        )
 
     def _reserved(self, transfer_id: bytes, num_blocks: int, num_cached_tokens: int) -> None:
         incoming = self._incoming.get(transfer_id)
@@ -157,10 +160,20 @@ class DecodeRole:
     def between_steps(self, engine: Engine) -> None:
         """Reserve for those who wait; keep the load for readers on other threads."""
         self.receiving.reserve_waiting(engine)
-        self._bridge.snapshot(engine, waiting=self.receiving.num_waiting)
+        load = self._bridge.snapshot(engine, waiting=self.receiving.num_waiting)
+        self._metrics.blocks_swapped.set(load.blocks_swapped)
 
     def on_step(self, engine: Engine, result: StepResult) -> None:
         """All tokens of the step, in one call to the loop."""
         self._metrics.steps.inc()
         self._metrics.generation_tokens.inc(len(result.outputs))
         self._bridge.publish(result.outputs)
+        self._metrics.preempted(result.preempted)
+        for item in result.preempted:
+            if item.mode is PreemptionMode.HAND_BACK:
+                self._hand_back(item.request)
+
+    def _hand_back(self, request: Request) -> None:
+        """Behind the tokens it has, which are on their way, the gateway runs another attempt."""
+        assert isinstance(request.key, AttemptKey)
+        self._bridge.fail(request.key, Preempted("other requests need the memory", retryable=True))

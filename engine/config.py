@@ -3,6 +3,9 @@
 from dataclasses import dataclass
 from typing import Literal
 
+from engine.policy import PolicyName
+from engine.preemption import PreemptionChoice
+
 DType = Literal["auto", "float32", "bfloat16", "float16"]
 
 
@@ -24,6 +27,12 @@ class EngineConfig:
     """Most tokens of a step; longer prompts are computed in chunks."""
     prefix_cache: bool = True
     """Keep full blocks after their requests, and share them among requests that start alike."""
+    scheduling_policy: PolicyName = "fcfs"
+    """Who goes first, and who makes room when blocks run out."""
+    preemption_mode: PreemptionChoice = "auto"
+    """What becomes of a running request whose blocks are taken."""
+    swap_space_bytes: int = 1 << 30
+    """Host memory for the KV of preempted requests; 0: none."""
     dtype: DType = "auto"
     """Of weights and KV. "auto": the checkpoint's on a GPU, float32 on a CPU, where exactness is defined."""
     device: str = "cpu"
@@ -37,5 +46,7 @@ class EngineConfig:
             value = getattr(self, field)
             if value is not None and value < 1:
                 raise ValueError(f"{field} must be at least 1 or unset, got {value}")
+        if self.swap_space_bytes < 0:
+            raise ValueError(f"swap_space_bytes must be at least 0, got {self.swap_space_bytes}")
         if self.dtype not in ("auto", "float32", "bfloat16", "float16"):
             raise ValueError(f"dtype must be auto, float32, bfloat16 or float16, got {self.dtype!r}")

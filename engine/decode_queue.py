@@ -2,14 +2,16 @@
 
 from bisect import insort
 from collections import deque
+from collections.abc import Callable
 
 from engine.block_tables import BlockTables
 from engine.plan import Scheduled
+from engine.policy import by_rank
 from engine.request import Request, RequestState
 
 
 class DecodeQueue:
-    """Every running request, oldest first, one token per step."""
+    """Every running request in the policy's order, one token per step."""
 
     def __init__(self) -> None:
         self.running: list[Request] = []
@@ -17,30 +19,33 @@ class DecodeQueue:
     def start(self, request: Request) -> None:
         """The request decodes from the next step on."""
         request.move(RequestState.RUNNING)
-        insort(self.running, request, key=lambda each: each.arrival)
+        insort(self.running, request, key=by_rank)
 
     def remove(self, request: Request) -> None:
-        """Forget a request that is done or aborted."""
+        """Forget a request that is done, aborted or preempted."""
         self.running.remove(request)
 
-    def schedule(self, tables: BlockTables) -> tuple[list[Scheduled], list[Request]]:
-        """Grow every running request by one token; (scheduled, preempted), the youngest preempted first.
+    def sort(self) -> None:
+        """Ranks have changed."""
+        self.running.sort(key=by_rank)
 
-        Blocks go to the oldest first. Preempted requests have lost their blocks and are no longer running.
+    def schedule(
+        self, tables: BlockTables, seats: int, displace: Callable[[Request], None]
+    ) -> list[Scheduled]:
+        """Grow the first `seats` running requests by one token.
+
+        Blocks go to the first; `displace` takes those of the last and removes it from here.
         """
         scheduled: list[Scheduled] = []
-        preempted: list[Request] = []
         pending = deque(self.running)
-        while pending:
+        while pending and len(scheduled) < seats:
             request = pending.popleft()
             while tables.missing(request, request.num_tokens) > tables.num_free:
                 victim = pending.pop() if pending else request
-                tables.free(victim)
-                self.running.remove(victim)
-                preempted.append(victim)
+                displace(victim)
                 if victim is request:
                     break
             else:
                 tables.grow(request, request.num_tokens)
                 scheduled.append(Scheduled(request, request.num_tokens - request.num_computed_tokens))
-        return scheduled, preempted
+        return scheduled

@@ -16,6 +16,7 @@ from engine.outputs import PrefixCacheStats, judge
 from engine.outputs import StepOutput as StepOutput
 from engine.outputs import StepResult as StepResult
 from engine.plan import Scheduled
+from engine.policy import make_policy
 from engine.request import FinishReason, Request, RequestState, TokenLogprob
 from engine.runner import Runner
 from engine.sampler import Sample
@@ -36,6 +37,9 @@ class Engine:
             self.kv_cache.tables,
             max_num_seqs=config.max_num_seqs,
             max_num_batched_tokens=config.max_num_batched_tokens,
+            policy=make_policy(config.scheduling_policy),
+            preemption=config.preemption_mode,
+            swap_space=self.kv_cache.swap_space,
         )
         self._beams = Beams(self._scheduler)
         self.grammars = Grammars(
@@ -44,6 +48,10 @@ class Engine:
             eos_token_ids=model.facts.eos_token_ids,
         )
         self._runner = Runner(model, self.kv_cache, self.grammars)
+
+    def enter(self, request: Request) -> None:
+        """Give a request that will be reserved its place in the order of requests: its `rank`."""
+        self._scheduler.enter(request, 0)
 
     def submit(self, request: Request) -> None:
         """Queue for local prefill, then decode unless prefill_only; InvalidRequest if it can never run."""
@@ -98,13 +106,12 @@ class Engine:
     def step(self) -> StepResult:
         """Schedule, run, commit."""
         plan = self._scheduler.schedule()
-        if not plan:
-            return StepResult()
-        samples = self._runner.run(plan)
+        samples = self._runner.run(plan) if plan else []
+        self._scheduler.charge(plan)
         return self._commit_step(plan, iter(samples))
 
     def has_work(self) -> bool:
-        """Whether a step would compute anything; a request that waits for blocks alone is no work."""
+        """Whether a step would compute or tell anything; a request that waits for blocks alone is no work."""
         return self._scheduler.has_work()
 
     def load(self) -> EngineLoad:
@@ -117,6 +124,7 @@ class Engine:
             blocks_total=tables.num_blocks,
             blocks_used=tables.num_used,
             blocks_cached=tables.num_cached,
+            blocks_swapped=self.kv_cache.swap_space.num_used,
         )
 
     @property
@@ -129,7 +137,7 @@ class Engine:
         self._scheduler.check()
 
     def _commit_step(self, plan: list[Scheduled], samples: Iterator[Sample]) -> StepResult:
-        result = StepResult()
+        result = StepResult(preempted=self._scheduler.take_preempted())
         for item in plan:
             request, is_last = item.request, item.samples
             row = [(sampler, next(samples)) for sampler in request.samplers] if is_last else []

@@ -2,6 +2,8 @@
 
 from collections.abc import Collection
 from dataclasses import dataclass, field
+from enum import Enum
+from typing import NamedTuple
 
 from engine.request import FinishReason, Request, TokenLogprob
 
@@ -31,6 +33,24 @@ class StepOutput:
         return (self.request.leader or self.request).num_cached_tokens
 
 
+class PreemptionMode(Enum):
+    """What becomes of a preempted request."""
+
+    SWAP = "swap"
+    """Its KV waits in host memory."""
+    RECOMPUTE = "recompute"
+    """It waits for blocks and is prefilled again."""
+    HAND_BACK = "hand_back"
+    """It leaves this engine; whoever sent it runs it again, behind the tokens it has."""
+
+
+class Preempted(NamedTuple):
+    """One preemption."""
+
+    request: Request
+    mode: PreemptionMode
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StepResult:
     """Everything that changed in one step."""
@@ -38,6 +58,8 @@ class StepResult:
     outputs: list[StepOutput] = field(default_factory=list)
     computed: list[Request] = field(default_factory=list)
     """Prefill-only requests whose num_computed_tokens advanced, by the last chunk included."""
+    preempted: list[Preempted] = field(default_factory=list)
+    """Who lost its blocks since the last step; those that are handed back are no longer live."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -47,7 +69,7 @@ class EngineLoad:
     requests_running: int
     """Decoding or being prefilled."""
     requests_waiting: int
-    """Without blocks."""
+    """Without blocks, swapped ones included."""
     queued_prefill_tokens: int
     """To be computed before their requests can decode."""
     blocks_total: int
@@ -55,6 +77,8 @@ class EngineLoad:
     """Held by requests, reserved and held ones included."""
     blocks_cached: int
     """Held by nothing but a prefix cache."""
+    blocks_swapped: int
+    """In host memory, of preempted requests."""
 
 
 @dataclass(kw_only=True, slots=True)

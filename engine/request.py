@@ -5,7 +5,8 @@
    A prefill-only request is HELD instead, so that its blocks can be read until `Engine.release`.
 3. On the receiving side of a KV transfer it starts RESERVED: blocks are allocated, and filled from outside;
    `Engine.commit` brings the first token and makes it RUNNING.
-4. A RUNNING request may lose its blocks (preemption) and is WAITING again, with all its tokens.
+4. A RUNNING request may lose its blocks (preemption). It is WAITING again, with all its tokens, or SWAPPED:
+   its KV lies in host memory, and it is RUNNING as soon as it has blocks again.
 5. FINISHED requests hold no blocks. `Engine.abort` leads here from every state.
 
 A request may lead choices: once its prompt is computed it is FORKED, which holds nothing, and its forks are
@@ -40,6 +41,7 @@ class RequestState(Enum):
     PREFILLING = auto()
     RESERVED = auto()
     RUNNING = auto()
+    SWAPPED = auto()
     HELD = auto()
     FORKED = auto()
     FINISHED = auto()
@@ -54,7 +56,8 @@ TRANSITIONS: Mapping[RequestState, frozenset[RequestState]] = {
         {RequestState.RUNNING, RequestState.HELD, RequestState.FORKED, RequestState.FINISHED}
     ),
     RequestState.RESERVED: frozenset({RequestState.RUNNING, RequestState.FORKED, RequestState.FINISHED}),
-    RequestState.RUNNING: frozenset({RequestState.WAITING, RequestState.FINISHED}),
+    RequestState.RUNNING: frozenset({RequestState.WAITING, RequestState.SWAPPED, RequestState.FINISHED}),
+    RequestState.SWAPPED: frozenset({RequestState.RUNNING, RequestState.FINISHED}),
     RequestState.HELD: frozenset({RequestState.FINISHED}),
     RequestState.FORKED: frozenset({RequestState.WAITING, RequestState.FINISHED}),
     RequestState.FINISHED: frozenset(),
@@ -170,8 +173,10 @@ class Request:
     """Index among the choices of one prompt; choices with one seed draw different noise."""
     cache_salt: bytes = b""
     """Cached blocks are shared only among requests with the same salt."""
+    priority: int = 0
+    """A larger one goes first, where the policy is by priority."""
     num_computed_tokens: int = 0
-    """Leading tokens whose KV lies in this request's blocks."""
+    """Leading tokens whose KV lies in this request's blocks, or in host memory while it is SWAPPED."""
     num_cached_tokens: int = 0
     """Of these, found in a prefix cache when the blocks were allocated."""
     forks: list["Request"] = field(default_factory=list)
@@ -188,7 +193,15 @@ class Request:
     """Content keys of leading full blocks, as far as they were asked for."""
     state: RequestState = RequestState.NEW
     arrival: int = 0
-    """Order of submission to this engine; the largest is the youngest."""
+    """Order of submission to this engine, from 1; the largest is the youngest."""
+    transferred: bool = False
+    """Its KV came from another worker, so that another worker can compute it again."""
+    rank: tuple[int, int] = (0, 0)
+    """Band and place within it, written by the scheduling policy alone; the smaller goes first."""
+    served_s: float = 0.0
+    """Seconds of the steps that it took part in since it came to its band."""
+    served_at: float = 0.0
+    """Clock seconds of its last step, or of its arrival."""
 
     @property
     def num_tokens(self) -> int:

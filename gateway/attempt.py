@@ -22,6 +22,7 @@ ERRORS_BY_CODE: dict[int, type[TandemError]] = {
     5: errors.NotFound,
     8: errors.Overloaded,
     9: errors.Mismatch,
+    10: errors.Preempted,
     14: errors.Unavailable,
 }
 """By google.rpc.Code; any other is Internal."""

@@ -45,6 +45,8 @@ class Generation:
     """Until the client's deadline."""
     model: str | None = None
     """Name of the model; None or empty: the served one."""
+    priority: int = 0
+    """The larger goes first, where the workers schedule by priority."""
     default_max_tokens: int | None = None
     """For an unset max_tokens; None: what the context leaves."""
     names: Mapping[str, str] = field(default_factory=dict)
@@ -220,6 +222,7 @@ class Flow:
             bad_words=bad_word_token_ids(self.model.tokenizer, sampling.bad_words),
             deadline=asyncio.get_running_loop().time() + left_s,
             traceparent=asked.traceparent,
+            priority=asked.priority,
         )
 
     async def _check_grammar(self, output: pb.StructuredOutput, names: Mapping[str, str]) -> None:

@@ -126,6 +126,7 @@ def _generation(request: Request, asked: openai.ApiRequest, request_id: str) -> 
         sampling=asked.sampling,
         timeout_s=float("inf"),
         model=asked.model,
+        priority=asked.priority,
         default_max_tokens=asked.default_max_tokens,
         names=asked.names,
         traceparent=request.headers.get("traceparent", "")[:256],

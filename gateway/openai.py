@@ -44,7 +44,7 @@ BOOL_FIELDS = ("ignore_eos", "include_stop_str_in_output")
 COMMON_FIELDS = frozenset(
     {*INT_FIELDS, *FLOAT_FIELDS, *BOOL_FIELDS}
     | {"model", "stream", "stream_options", "stop", "stop_token_ids", "logit_bias", "logprobs"}
-    | {*STRUCTURED_FIELDS, "allowed_token_ids", "bad_words", "return_token_ids", "request_id"}
+    | {*STRUCTURED_FIELDS, "allowed_token_ids", "bad_words", "return_token_ids", "request_id", "priority"}
 )
 
 HARMLESS_FIELDS = frozenset(
@@ -68,7 +68,6 @@ ONLY_VALUES: Mapping[str, tuple[Any, ...]] = {
     "continue_final_message": (False,),
     "use_beam_search": (False,),
     "length_penalty": (1,),
-    "priority": (0,),
 }
 """Known fields of which only the neutral values are supported."""
 
@@ -93,6 +92,8 @@ class ApiRequest:
     """Token ids beside the text, as in vLLM."""
     request_id: str | None = None
     """vLLM's field; the header X-Request-Id goes first."""
+    priority: int = 0
+    """The larger goes first, as in the gRPC API; vLLM's field has the opposite sign."""
     default_max_tokens: int | None = None
     """For an unset max_tokens."""
     names: Mapping[str, str] = field(default_factory=dict)
@@ -170,6 +171,7 @@ def _common(body: Body) -> dict[str, Any]:
         "include_usage": get_bool(options, "include_usage", default=False),
         "return_token_ids": get_bool(body, "return_token_ids", default=False),
         "request_id": get_text(body, "request_id"),
+        "priority": _int(body, "priority", INT32) or 0,
     }
 
 

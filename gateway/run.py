@@ -1,4 +1,4 @@
-"""One admitted request on the workers, over at most 1 + 2 attempts.
+"""One admitted request on the workers, over at most 1 + 2 attempts, preempted ones apart.
 
 1. Choose a route; submit to the decode worker and, unless it prefills for itself, to the prefill worker at
    once, with one fresh transfer id.
@@ -22,7 +22,7 @@ from gateway.metrics import GatewayMetrics
 from gateway.output import Delta, TextOutput
 from gateway.router import Route, choose
 from protos.tandem.v1 import common_pb2 as pb
-from runtime.errors import Cancelled, DeadlineExceeded, TandemError, Unavailable
+from runtime.errors import Cancelled, DeadlineExceeded, Preempted, TandemError, Unavailable
 
 logger = logging.getLogger(__name__)
 
@@ -53,6 +53,8 @@ class Prepared:
     """On the event loop's clock."""
     traceparent: str
     """W3C trace context; may be empty."""
+    priority: int = 0
+    """The larger goes first, where the workers schedule by priority."""
 
 
 class RequestRun:
@@ -75,6 +77,7 @@ class RequestRun:
         self._progress = Progress()
         self._inbox = Inbox()
         self._avoid: set[str] = set()
+        self._num_failures = 0
 
     def interrupt(self, error: TandemError) -> None:
         """End the request with an error; Cancelled ends it with finish reason ABORT."""
@@ -215,6 +218,7 @@ class RequestRun:
             bad_words=[pb.TokenSequence(token_ids=word) for word in self._request.bad_words],
             timeout_ms=max(int(left_s * 1000), 1),
             traceparent=self._request.traceparent,
+            priority=self._request.priority,
         )
         if self._progress.emitted:
             submit.emitted.add(choice=0, token_ids=self._progress.emitted)
@@ -231,7 +235,9 @@ class RequestRun:
         assert isinstance(failed, Failed)
         if (end := self._judge_emitted()) is not None:
             return self._finish(end, NOTHING)
-        if not failed.error.retryable or self._progress.attempt + 1 >= MAX_ATTEMPTS:
+        # A preempted attempt has emitted at least one token: these come to an end by themselves.
+        self._num_failures += not isinstance(failed.error, Preempted)
+        if not failed.error.retryable or self._num_failures >= MAX_ATTEMPTS:
             raise failed.error
         culprit = route.prefill if failed.source is Source.PREFILL else route.decode
         logger.info(

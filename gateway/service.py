@@ -128,6 +128,7 @@ def _generation(
         sampling=request.sampling,
         timeout_s=float("inf") if remaining_s is None else remaining_s,
         model=request.model,
+        priority=request.priority,
         traceparent=metadata.get("traceparent", "")[:256],
     )
 

@@ -11,6 +11,7 @@
     ├── Internal                INTERNAL            500
     ├── Unavailable             UNAVAILABLE         503   retry hint
     ├── DeadlineExceeded        DEADLINE_EXCEEDED   504
+    ├── Preempted               ABORTED             503   given up for others; another attempt goes on
     ├── Mismatch                FAILED_PRECONDITION 409   names the fields that differ
     └── StartupError            a process cannot start: one line, exit code 2
         └── CheckpointError     names file, key and what was expected
@@ -115,6 +116,14 @@ class DeadlineExceeded(TandemError):
     code = "DEADLINE_EXCEEDED"
     http_status = 504
     reason = "DEADLINE_EXCEEDED"
+
+
+class Preempted(TandemError):
+    """A worker needs the request's memory for others; another attempt goes on where it stopped."""
+
+    code = "ABORTED"
+    http_status = 503
+    reason = "PREEMPTED"
 
 
 class Mismatch(TandemError):

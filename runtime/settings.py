@@ -72,6 +72,12 @@ class EngineSettings(ProcessSettings):
     """Most tokens in one step; longer prompts are computed in chunks."""
     prefix_cache: bool = True
     """Keep KV blocks after their requests and share them among requests that start alike."""
+    scheduling_policy: Literal["fcfs", "priority", "mlfq"] = "fcfs"
+    """fcfs: in order of arrival; priority: the requests' own; mlfq: the least served first."""
+    preemption_mode: Literal["auto", "swap", "recompute"] = "auto"
+    """What becomes of a running request whose KV blocks another one needs."""
+    swap_space: str = "1GiB"
+    """Host memory of one worker for the KV of preempted requests; 0: none."""
     threads: Count = 1
     """CPU threads of one worker's tensor operations."""
 

@@ -54,6 +54,7 @@ class Client:
         *,
         request_id: str = "",
         model: str = "",
+        priority: int = 0,
         timeout: float | None = None,
         **sampling: Unpack[Sampling],
     ) -> AsyncIterator[Delta]:
@@ -65,6 +66,7 @@ class Client:
         request = inference_pb2.GenerateRequest(
             request_id=request_id,
             model=model,
+            priority=priority,
             sampling=messages.sampling_params(sampling),
             **messages.prompt_fields(prompt),
         )
@@ -82,6 +84,7 @@ class Client:
         *,
         request_id: str = "",
         model: str = "",
+        priority: int = 0,
         timeout: float | None = None,
         **sampling: Unpack[Sampling],
     ) -> Completion:
@@ -89,6 +92,7 @@ class Client:
         request = inference_pb2.CompleteRequest(
             request_id=request_id,
             model=model,
+            priority=priority,
             sampling=messages.sampling_params(sampling),
             **messages.prompt_fields(prompt),
         )

@@ -3,7 +3,7 @@
 import asyncio
 from collections.abc import Callable, Iterable
 
-from engine.engine import Engine, StepOutput
+from engine.engine import Engine, EngineLoad, StepOutput
 from protos.tandem.v1 import common_pb2 as pb
 from runtime.errors import Internal, TandemError
 from worker.attach import AttachHub, AttemptKey, TokenUpdate
@@ -67,8 +67,8 @@ class EngineBridge:
         """End an attempt without new tokens; on the event loop."""
         self.hub.publish([TokenUpdate(key, None, end)])
 
-    def snapshot(self, engine: Engine, *, waiting: int = 0) -> None:
-        """Keep the engine's load for readers on other threads; on the engine thread.
+    def snapshot(self, engine: Engine, *, waiting: int = 0) -> EngineLoad:
+        """Keep the engine's load for readers on other threads, and return it; on the engine thread.
 
         `waiting` requests are counted beside the engine's own.
         """
@@ -81,6 +81,7 @@ class EngineBridge:
             blocks_used=load.blocks_used,
             blocks_cached=load.blocks_cached,
         )
+        return load
 
     def load(self) -> pb.WorkerLoad:
         """The last snapshot; a message that nobody changes."""

@@ -60,6 +60,7 @@ def to_request(key: tuple[int, ...], submit: pb.Submit, *, prefill_only: bool) -
         sampling=to_sampling(submit),
         prefill_only=prefill_only,
         cache_salt=submit.cache_salt.encode(),
+        priority=submit.priority,
     )
     return with_choices(request, submit)
 

@@ -103,6 +103,9 @@ def _load_engine(settings: WorkerSettings) -> tuple[Engine, str]:
         max_num_seqs=settings.max_num_seqs,
         max_num_batched_tokens=settings.max_num_batched_tokens,
         prefix_cache=settings.prefix_cache,
+        scheduling_policy=settings.scheduling_policy,
+        preemption_mode=settings.preemption_mode,
+        swap_space_bytes=parse_bytes(settings.swap_space, "--swap-space"),
     )
     model = load_model(path, config, progress=_Progress(path))
     return Engine(config, model), file_hash(path / "tokenizer.json")

@@ -1,12 +1,12 @@
 """What a worker exports at /metrics; names follow vLLM's behind the prefix."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Metric
 from prometheus_client.core import CounterMetricFamily
 from prometheus_client.registry import Collector
 
-from engine.outputs import PrefixCacheStats
+from engine.outputs import Preempted, PrefixCacheStats
 from protos.tandem.v1 import common_pb2 as pb
 from runtime.metrics import PREFIX, TRANSFER_BUCKETS
 
@@ -39,6 +39,10 @@ class WorkerMetrics:
         self.running = gauge("num_requests_running", "Requests in the batch.")
         self.waiting = gauge("num_requests_waiting", "Requests that wait for the engine.")
         self.kv_usage = gauge("kv_cache_usage_ratio", "Used blocks of all blocks, 0 to 1.")
+        self.preemptions = counter(
+            "num_preemptions_total", "Running requests that lost their KV blocks.", ["mode"]
+        )
+        self.blocks_swapped = gauge("kv_blocks_swapped", "KV blocks of preempted requests in host memory.")
         self.side = side
 
     def watch_prefix_cache(self, stats: PrefixCacheStats) -> None:
@@ -50,6 +54,11 @@ class WorkerMetrics:
 
     def _gauge(self, name: str, text: str) -> Gauge:
         return Gauge(PREFIX + name, text, registry=self.registry)
+
+    def preempted(self, preempted: Sequence[Preempted]) -> None:
+        """Count what a step has preempted."""
+        for item in preempted:
+            self.preemptions.labels(item.mode.value).inc()
 
     def watch(self, load: StateView) -> None:
         """Read the gauges from the engine's last snapshot at each scrape."""

@@ -20,6 +20,11 @@ class FakeEngine:
         self.kv_cache = SimpleNamespace(groups=[torch.zeros(SHAPE)])
         self.free = list(range(8))
         self.held: dict[str, object] = {}
+        self.arrivals = 0
+
+    def enter(self, request: SimpleNamespace) -> None:
+        self.arrivals += 1
+        request.rank = (request.band, self.arrivals)
 
     def reserve(self, request: SimpleNamespace) -> bool:
         if request.size > 8:
@@ -44,14 +49,14 @@ def parts():
     return FakeEngine(), receiving, events
 
 
-def request(key: str, size: int) -> SimpleNamespace:
-    return SimpleNamespace(key=key, size=size, num_cached_tokens=0, block_tables=[])
+def request(key: str, size: int, band: int = 0) -> SimpleNamespace:
+    return SimpleNamespace(key=key, size=size, band=band, num_cached_tokens=0, block_tables=[])
 
 
 def test_first_come_first_served_and_the_impossible_is_refused(parts) -> None:
     engine, receiving, events = parts
     for name, size in (("a", 6), ("b", 9), ("c", 4), ("d", 1)):
-        receiving.want(name.encode(), request(name, size))
+        receiving.want(engine, name.encode(), request(name, size))
     receiving.reserve_waiting(engine)
     assert events == [(b"a", 6, 0), (b"b", "prompt")]
     assert receiving.num_waiting == 2, "d does not overtake c"
@@ -63,7 +68,7 @@ def test_first_come_first_served_and_the_impossible_is_refused(parts) -> None:
 def test_dropping_a_waiting_request_lets_the_next_one_in(parts) -> None:
     engine, receiving, events = parts
     for name, size in (("a", 8), ("b", 8), ("c", 8)):
-        receiving.want(name.encode(), request(name, size))
+        receiving.want(engine, name.encode(), request(name, size))
     receiving.reserve_waiting(engine)
     receiving.drop(engine, b"b")
     receiving.drop(engine, b"a")
@@ -71,12 +76,22 @@ def test_dropping_a_waiting_request_lets_the_next_one_in(parts) -> None:
     assert [event[0] for event in events] == [b"a", b"c"]
 
 
+def test_the_policy_says_who_is_next(parts) -> None:
+    engine, receiving, events = parts
+    for name, band in (("a", 0), ("late", 2), ("b", 1), ("first", 0), ("c", 1)):
+        receiving.want(engine, name.encode(), request(name, 8, band))
+    for expected in ("a", "first", "b", "c", "late"):
+        receiving.reserve_waiting(engine)
+        assert events[-1][0] == expected.encode()
+        receiving.drop(engine, expected.encode())
+
+
 def test_a_frame_lands_in_its_blocks_and_nowhere_after_the_end(parts) -> None:
     engine, receiving, _ = parts
     source = torch.randn(SHAPE)
     slab = torch.empty(source.nbytes, dtype=torch.uint8)
     ops.gather_blocks(source, [5, 6], 0, 2, slab)
-    receiving.want(b"a", request("a", 3))
+    receiving.want(engine, b"a", request("a", 3))
     receiving.reserve_waiting(engine)
     receiving.scatter(engine, b"a", Rectangle(0, 1, 2, 0, 2), slab)
     pool = engine.kv_cache.groups[0]

@@ -81,7 +81,8 @@ def test_a_prompt_is_computed_and_held_once(make_engine, make_request):
     assert engine.load().requests_running == 4
 
 
-def test_preempted_choices_draw_the_same(make_engine, make_request):
+@pytest.mark.parametrize("mode", ["recompute", "swap"])
+def test_preempted_choices_draw_the_same(make_engine, make_request, mode):
     sampling = {"max_tokens": 28}
     want = lone(make_engine, make_request, 9, range(3), **sampling) | lone(
         make_engine, make_request, 14, range(2), **sampling
@@ -90,8 +91,8 @@ def test_preempted_choices_draw_the_same(make_engine, make_request):
         with_choices(make_request(9, **sampling), 0, 1, 2),
         with_choices(make_request(14, **sampling), 0, 1),
     ]
-    engine = make_engine(num_blocks=24)
-    preempted = spy(engine._scheduler.prefill, "push_front")
+    engine = make_engine(num_blocks=24, preemption_mode=mode)
+    preempted = spy(engine._scheduler, "_displace")
     assert run(engine, *requests) == want
     assert preempted
     assert all(fork.leader in requests for fork in preempted)

@@ -113,22 +113,6 @@ def test_chunked_prefill_changes_no_token(make_engine, make_request, budget):
     assert make_engine(max_num_batched_tokens=budget).run(*map(make_request, PROMPT_LENS)) == whole
 
 
-def test_preemption_changes_no_token(make_engine, make_request):
-    lens = (9, 20, 14, 5)
-    undisturbed = make_engine(num_blocks=128).run(*(make_request(n, max_tokens=40) for n in lens))
-    engine = make_engine(num_blocks=24)
-    requests = [make_request(n, max_tokens=40) for n in lens]
-    for request in requests:
-        engine.submit(request)
-    preempted = set()
-    while engine.has_work():
-        outputs = engine.step().outputs
-        assert all(len(output.token_ids) == 1 for output in outputs)
-        preempted |= {r.key for r in requests if r.state is RequestState.WAITING and r.output_token_ids}
-    assert preempted
-    assert [request.output_token_ids for request in requests] == undisturbed
-
-
 def test_a_migrated_request_goes_on_with_the_same_tokens(make_engine, make_request):
     (undisturbed,) = make_engine().run(make_request(9, repetition_penalty=1.3, min_tokens=8))
     for emitted in (1, 5, 11):

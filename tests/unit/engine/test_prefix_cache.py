@@ -9,7 +9,7 @@ import torch
 from engine.block_keys import content_keys
 from engine.config import EngineConfig
 from engine.loader import load_model
-from engine.request import FinishReason, Request, RequestState, SamplingParams
+from engine.request import FinishReason, Request, SamplingParams
 from tests.unit.engine.test_engine import transfer
 
 SHARED = torch.randint(3, 61, (33,), generator=torch.Generator().manual_seed(1)).tolist()
@@ -74,19 +74,19 @@ def test_a_request_that_comes_while_another_is_prefilled_shares_its_chunks(make_
     assert second.num_cached_tokens == 28, "the first one's last chunk ran in the step that admitted it"
 
 
-def test_preemption_with_shared_blocks_changes_no_token(make_engine, ask, plain):
+@pytest.mark.parametrize("mode", ["recompute", "swap"])
+def test_preemption_with_shared_blocks_changes_no_token(make_engine, ask, plain, mode):
     def requests():
         return [ask(33, own=[n], max_tokens=30, temperature=n % 2) for n in range(3, 8)]
 
-    engine = make_engine(num_blocks=26)
+    engine = make_engine(num_blocks=26, preemption_mode=mode)
     running = requests()
     for request in running:
         engine.submit(request)
     preempted = set()
     while engine.has_work():
-        engine.step()
-        preempted |= {r.key for r in running if r.state is RequestState.WAITING and r.output_token_ids}
-    assert preempted
+        preempted |= {item.mode.value for item in engine.step().preempted}
+    assert preempted == {mode}
     assert [request.output_token_ids for request in running] == plain(*requests())
 
 

@@ -1,33 +1,66 @@
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    rule,
+    run_state_machine_as_test,
+)
 
 from engine.block_keys import content_keys, no_keys
 from engine.block_tables import BlockTables
+from engine.policy import make_policy
 from engine.request import Request, RequestState, SamplingParams
 from engine.scheduler import Scheduler
+from engine.swap_space import SwapSpace
+from runtime.clock import ManualClock
 
 BLOCK_SIZE = 4
 
 
-def make_scheduler(num_blocks=16, max_num_seqs=8, budget=10, keys=no_keys):
+class FakeMover:
+    """Checks that every table has a block for each slot."""
+
+    def store(self, block_tables, slots):
+        assert [len(table) for table in block_tables] == [len(slots)] * 2
+
+    def load(self, slots, block_tables):
+        self.store(block_tables, slots)
+
+
+def make_scheduler(
+    num_blocks=16, max_num_seqs=8, budget=10, *, keys=no_keys, num_slots=0, policy=None, mode="auto"
+):
     tables = BlockTables(num_groups=2, num_blocks=num_blocks, block_size=BLOCK_SIZE, keys=keys)
-    return Scheduler(tables, max_num_seqs=max_num_seqs, max_num_batched_tokens=budget)
+    return Scheduler(
+        tables,
+        max_num_seqs=max_num_seqs,
+        max_num_batched_tokens=budget,
+        policy=policy,
+        preemption=mode,
+        swap_space=SwapSpace(tables, FakeMover(), num_slots=num_slots),
+    )
 
 
-def make_request(key, prompt_len, *, max_tokens=8, prefill_only=False):
+def make_request(key, prompt_len, *, max_tokens=8, prefill_only=False, priority=0):
     return Request(
         key=key,
         prompt_token_ids=[0] * prompt_len,
         sampling=SamplingParams(max_tokens=max_tokens),
         prefill_only=prefill_only,
+        priority=priority,
     )
 
 
-def step(scheduler):
-    """What the engine does, with token 0 for a model."""
+def step(scheduler, clock=None, seconds=0.0):
+    """What the engine does, with token 0 for a model that takes so long."""
     plan = scheduler.schedule()
+    if clock:
+        clock.advance(seconds)
+    scheduler.charge(plan)
+    scheduler.take_preempted()
     for item in plan:
         request, samples = item.request, item.samples
         request.num_computed_tokens += item.query_len
@@ -162,32 +195,63 @@ def test_a_key_is_live_once():
 class SchedulerMachine(RuleBasedStateMachine):
     """Any order of operations keeps the invariants, and everything drains in the end."""
 
+    BUDGET, SEATS = 6, 4
     keys = staticmethod(no_keys)
 
-    def __init__(self):
-        super().__init__()
-        self.scheduler = make_scheduler(num_blocks=8, max_num_seqs=4, budget=6, keys=self.keys)
+    @initialize(
+        policy=st.sampled_from(["fcfs", "priority", "mlfq"]),
+        mode=st.sampled_from(["auto", "swap", "recompute"]),
+        num_slots=st.sampled_from([0, 3, 20]),
+    )
+    def start(self, policy, mode, num_slots):
+        self.clock = ManualClock()
+        self.scheduler = make_scheduler(
+            num_blocks=8,
+            max_num_seqs=self.SEATS,
+            budget=self.BUDGET,
+            keys=self.keys,
+            num_slots=0 if mode == "recompute" else num_slots,
+            policy=make_policy(policy, self.clock),
+            mode=mode,
+        )
         self.num_requests = 0
 
-    def _request(self, prompt_len, max_tokens, prefill_only=False):
+    def _request(self, prompt_len, max_tokens, prefill_only=False, priority=0):
         self.num_requests += 1
         return make_request(
             self.num_requests,
             prompt_len,
             max_tokens=min(max_tokens, 32 - prompt_len),
             prefill_only=prefill_only,
+            priority=priority,
         )
 
     def _in_state(self, *states):
         return [request for request in self.scheduler.live.values() if request.state in states]
 
-    @rule(prompt_len=st.integers(1, 30), max_tokens=st.integers(1, 20), prefill_only=st.booleans())
-    def submit(self, prompt_len, max_tokens, prefill_only):
-        self.scheduler.submit(self._request(prompt_len, max_tokens, prefill_only))
+    def _step(self, seconds):
+        running = set(self.scheduler.decode.running)
+        plan = step(self.scheduler, self.clock, seconds)
+        assert sum(query_len for _, query_len in plan) <= self.BUDGET
+        assert len(plan) <= self.SEATS
+        assert len({key for key, _ in plan}) == len(plan)
+        if not self.scheduler.policy.pauses:
+            still = {request.key for request in self.scheduler.decode.running if request in running}
+            assert still <= {key for key, _ in plan}, "every decode goes before any prompt"
+        return plan
 
-    @rule(prompt_len=st.integers(1, 30), max_tokens=st.integers(2, 20))
-    def reserve(self, prompt_len, max_tokens):
-        self.scheduler.reserve(self._request(prompt_len, max_tokens))
+    @rule(
+        prompt_len=st.integers(1, 30),
+        max_tokens=st.integers(1, 20),
+        prefill_only=st.booleans(),
+        priority=st.integers(-1, 1),
+    )
+    def submit(self, prompt_len, max_tokens, prefill_only, priority):
+        self.scheduler.submit(self._request(prompt_len, max_tokens, prefill_only, priority))
+
+    @rule(prompt_len=st.integers(1, 30), max_tokens=st.integers(2, 20), priority=st.integers(-1, 1))
+    def reserve(self, prompt_len, max_tokens, priority):
+        self.scheduler.reserve(self._request(prompt_len, max_tokens, priority=priority))
 
     @rule(data=st.data(), commit=st.booleans())
     def end_transfer(self, data, commit):
@@ -206,11 +270,11 @@ class SchedulerMachine(RuleBasedStateMachine):
         if live:
             self.scheduler.finish(data.draw(st.sampled_from(live)))
 
-    @rule(num_steps=st.integers(1, 4))
-    def steps(self, num_steps):
+    @rule(num_steps=st.integers(1, 4), seconds=st.sampled_from([0.0, 0.004, 0.03, 4.0]))
+    def steps(self, num_steps, seconds):
         for _ in range(num_steps):
             has_work = self.scheduler.has_work()
-            assert not step(self.scheduler) or has_work
+            assert not self._step(seconds) or has_work
 
     @invariant()
     def holds(self):
@@ -218,6 +282,8 @@ class SchedulerMachine(RuleBasedStateMachine):
 
     def teardown(self):
         """Transfers end; then every request gets to its end within its own number of steps."""
+        if not hasattr(self, "scheduler"):
+            return
         for request in self._in_state(RequestState.RESERVED, RequestState.HELD):
             self.scheduler.finish(request)
         for _ in range(200 * self.num_requests):
@@ -225,9 +291,10 @@ class SchedulerMachine(RuleBasedStateMachine):
                 self.scheduler.finish(request)
             if not self.scheduler.live:
                 break
-            assert step(self.scheduler), "deadlock"
+            assert self._step(0.004), "deadlock"
         assert not self.scheduler.live
         assert self.scheduler.tables.num_used == 0
+        assert self.scheduler.swap_space.num_used == 0
 
 
 class CachingMachine(SchedulerMachine):
@@ -238,8 +305,19 @@ class CachingMachine(SchedulerMachine):
 
 TestScheduler = SchedulerMachine.TestCase
 TestScheduler.settings = settings(
-    max_examples=20, stateful_step_count=20, derandomize=True, deadline=None, database=None
+    max_examples=40, stateful_step_count=20, derandomize=True, deadline=None, database=None
 )
+
 
 TestCachingScheduler = CachingMachine.TestCase
 TestCachingScheduler.settings = TestScheduler.settings
+
+
+@pytest.mark.long
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("machine", [SchedulerMachine, CachingMachine])
+def test_long_random_schedules(machine):
+    run_state_machine_as_test(
+        machine,
+        settings=settings(max_examples=2000, stateful_step_count=50, deadline=None, database=None),
+    )
