@@ -10,9 +10,9 @@ ARGS ?=
 # A thread for each of several test processes costs more than it gives on few cores.
 TEST_ENV := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive GOMP_SPINCOUNT=0
 SOURCES := protos gateway prefill_svc decode_svc worker engine kvtransfer kernels runtime tandem
-ALL := $(SOURCES) tests tools $(wildcard benchmarks)
+ALL := $(SOURCES) compose tests tools $(wildcard benchmarks)
 
-.PHONY: serve test test-long check protos bench clean
+.PHONY: serve test test-long check protos dashboards bench clean
 
 serve: $(VENV)/.installed
 	@exec $(BIN)/tandem up $(ARGS)
@@ -26,7 +26,7 @@ test-long: $(VENV)/.installed-dev
 check: $(VENV)/.installed-dev
 	$(BIN)/ruff check $(ALL)
 	$(BIN)/ruff format --check $(ALL)
-	$(BIN)/mypy $(SOURCES)
+	$(BIN)/mypy $(SOURCES) compose
 	PYTHONPATH=. $(BIN)/lint-imports
 	$(BIN)/python tools/sizes.py
 	@if command -v npx >/dev/null 2>&1; then cd protos && npx --yes @bufbuild/buf lint; \
@@ -34,6 +34,9 @@ check: $(VENV)/.installed-dev
 
 protos: $(VENV)/.installed-dev
 	$(BIN)/python tools/generate_stubs.py
+
+dashboards: $(VENV)/.installed
+	$(BIN)/python tools/dashboards.py
 
 bench: $(VENV)/.installed
 	$(BIN)/tandem bench $(ARGS)

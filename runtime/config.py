@@ -1,5 +1,7 @@
 """How a process gets its settings: flags > TANDEM_* environment > tandem.toml > defaults.
 
+A variable TANDEM_*_FILE names a file that holds the value: a secret then stands in no environment.
+
 A settings class is the only place where a flag, its variable, its default and its help are written.
 """
 
@@ -16,6 +18,7 @@ from pydantic_settings import (
     BaseSettings,
     CliApp,
     CliSettingsSource,
+    InitSettingsSource,
     PydanticBaseSettingsSource,
     SettingsConfigDict,
     SettingsError,
@@ -55,7 +58,8 @@ class Settings(BaseSettings):
         file_secret_settings: PydanticBaseSettingsSource,
     ) -> tuple[PydanticBaseSettingsSource, ...]:
         """Flags and code first, then the environment, then the file."""
-        return init_settings, env_settings, TomlConfigSettingsSource(settings_cls)
+        named_files = InitSettingsSource(settings_cls, values_of_named_files(settings_cls))
+        return init_settings, env_settings, named_files, TomlConfigSettingsSource(settings_cls)
 
 
 def parse(cls: type[S], argv: list[str], *, prog: str) -> S:
@@ -72,6 +76,24 @@ def parse(cls: type[S], argv: list[str], *, prog: str) -> S:
         raise StartupError(f"{prog}: {_last_clause(error)}") from error
     except tomllib.TOMLDecodeError as error:
         raise StartupError(f"{CONFIG_FILE}: {error}") from error
+
+
+def values_of_named_files(cls: type[BaseSettings]) -> dict[str, Any]:
+    """Settings whose TANDEM_<NAME>_FILE variable names a file, by name; an empty file says nothing.
+
+    Raises StartupError naming the variable if the file cannot be read.
+    """
+    found = {}
+    for name in cls.model_fields:
+        variable = f"{ENV_PREFIX}{name.upper()}_FILE"
+        if path := os.environ.get(variable):
+            try:
+                value = Path(path).read_text(encoding="utf-8").strip()
+            except (OSError, UnicodeDecodeError) as error:
+                raise StartupError(f"{variable}: cannot read {path} ({error})") from error
+            if value:
+                found[name] = value
+    return found
 
 
 def check_known_names() -> None:

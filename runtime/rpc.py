@@ -54,6 +54,8 @@ def channel(address: str, *, max_message_bytes: int = 64 * 1024 * 1024) -> grpc.
         *KEEPALIVE,
         ("grpc.initial_reconnect_backoff_ms", 100),
         ("grpc.max_reconnect_backoff_ms", 1_000),
+        # A peer that restarts may come back at another address behind its name; the default is 30 s.
+        ("grpc.dns_min_time_between_resolutions_ms", 1_000),
         ("grpc.max_receive_message_length", max_message_bytes),
         ("grpc.use_local_subchannel_pool", 1),
     ]

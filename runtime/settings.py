@@ -92,13 +92,13 @@ class WorkerSettings(EngineSettings):
     metrics_port: Port = 0
     """HTTP /metrics, /health, /ready and /debug/state; 0: any free port."""
     advertise_host: str | None = None
-    """Host that others reach this worker by; unset: --host."""
+    """Host that others reach this worker by; auto: the address towards the gateway; unset: --host."""
     worker_id: str | None = None
     """Stable name of this worker; unset: role and a random suffix."""
     transport: Literal["auto", "gloo"] = "auto"
     """How KV slabs move; auto: the best that both ends have."""
     kv_interface_host: str | None = None
-    """Address that the KV data sockets bind to; unset: --host."""
+    """Address that the KV data sockets bind to; unset: the advertised one if that is auto, else --host."""
     admin_key: str | None = None
     """Key for /debug/state from other hosts; unset: loopback only."""
 

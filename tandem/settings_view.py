@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from pydantic_settings import CliSettingsSource
 
-from runtime.config import CONFIG_FILE, ENV_PREFIX, Settings, parse
+from runtime.config import CONFIG_FILE, ENV_PREFIX, Settings, parse, values_of_named_files
 from runtime.errors import StartupError
 from runtime.settings import GatewaySettings, UpSettings, WorkerSettings
 
@@ -38,13 +38,14 @@ def rows(command: str, argv: list[str]) -> list[Row]:
     cls = CLASSES[command]
     settings = parse(cls, argv, prog=f"tandem {command}")
     flags = _flags(cls, argv)
+    named_files = values_of_named_files(cls)
     variables = {name.upper() for name in os.environ}
     file = tomllib.loads(CONFIG_FILE.read_text()) if CONFIG_FILE.is_file() else {}
     found = []
     for name in cls.model_fields:
         if name in flags:
             origin = "flag"
-        elif (ENV_PREFIX + name).upper() in variables:
+        elif (ENV_PREFIX + name).upper() in variables or name in named_files:
             origin = "environment"
         else:
             origin = "file" if name in file else "default"

@@ -20,6 +20,7 @@ FOLDERS = (
     "kernels",
     "runtime",
     "tandem",
+    "compose",
     "tests",
     "tools",
     "benchmarks",

@@ -33,6 +33,7 @@ from runtime.lifecycle import Shutdown
 from runtime.limits import DRAIN_TIMEOUT_S
 from runtime.settings import WorkerSettings
 from runtime.version import PROTOCOL_MAJOR, VERSION
+from worker import address
 from worker.attach import AttachHub, AttemptHandler
 from worker.bridge import EngineBridge
 from worker.engine_thread import EngineThread, StepHandler
@@ -87,6 +88,7 @@ async def serve(
     kind: common_pb2.WorkerRole, factory: RoleFactory, settings: WorkerSettings, shutdown: Shutdown
 ) -> None:
     """Run one worker until `shutdown` is requested."""
+    settings = await asyncio.to_thread(address.placed, settings)
     engine, tokenizer_hash = await asyncio.to_thread(_load_engine, settings)
     worker = Worker(kind, factory, settings, engine, tokenizer_hash, shutdown)
     await worker.serve()

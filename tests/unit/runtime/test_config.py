@@ -72,6 +72,21 @@ def test_flags_for_another_process_give_the_same_settings() -> None:
     assert config.parse(GatewaySettings, config.to_argv(quiet), prog="tandem gateway") == quiet
 
 
+def test_a_secret_may_stand_in_a_file(toml: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    secret = tmp_path / "admin_key"
+    monkeypatch.setenv("TANDEM_ADMIN_KEY_FILE", str(secret))
+    toml.write_text("admin_key = 'least'\n")
+    with pytest.raises(StartupError, match="TANDEM_ADMIN_KEY_FILE: cannot read"):
+        gateway()
+    secret.write_text("\n")
+    assert gateway().admin_key == "least"  # an empty file, /dev/null for example, is no key
+    secret.write_text("from a file\n")
+    assert gateway().admin_key == "from a file"
+    monkeypatch.setenv("TANDEM_ADMIN_KEY", "from a variable")
+    assert gateway().admin_key == "from a variable"
+    assert gateway("--admin-key=flag").admin_key == "flag"
+
+
 @pytest.mark.parametrize(
     ("text", "size"),
     [
