@@ -103,8 +103,11 @@ class AttachClient:
         """Tokens submitted whose attempts have not produced anything yet: runs ahead of the reported load."""
         return sum(self._uncomputed.values())
 
-    def submit(self, submit: pb.Submit, inbox: Inbox) -> None:
-        """Start an attempt. Unavailable without a stream, Overloaded if the worker does not read."""
+    def submit(self, submit: pb.Submit, inbox: Inbox, num_cached_tokens: int = 0) -> None:
+        """Start an attempt. Unavailable without a stream, Overloaded if the worker does not read.
+
+        `num_cached_tokens` tokens of the prompt are probably not computed again.
+        """
         if not self.connected:
             raise Unavailable(f"worker {self.identity.worker_id} is not connected", retryable=True)
         if len(self._outgoing) >= MAX_QUEUED_COMMANDS:
@@ -113,7 +116,7 @@ class AttachClient:
             )
         key = (submit.request, submit.attempt)
         self._live[key] = inbox
-        self._uncomputed[key] = len(submit.prompt_token_ids)
+        self._uncomputed[key] = max(len(submit.prompt_token_ids) - num_cached_tokens, 0)
         self._send(pb.AttachCommand(submit=submit))
 
     def abort(self, request: int, attempt: int) -> None:

@@ -2,11 +2,13 @@
 
 import asyncio
 import logging
+from collections.abc import Sequence
 from typing import Any
 
 from gateway.attach import AttachClient
 from gateway.attempt import Source
 from gateway.metrics import GatewayMetrics
+from gateway.prefix_index import MAX_BLOCKS, Chain, PrefixIndex, prefix_chain
 from gateway.registry import Registration, Registry, State
 from gateway.router import Candidate
 from protos.tandem.v1 import common_pb2, registry_pb2
@@ -28,6 +30,7 @@ class Fleet:
     def __init__(self, registry: Registry, gateway_id: str, metrics: GatewayMetrics) -> None:
         self.registry = registry
         self.gateway_id = gateway_id
+        self._prefixes = PrefixIndex()
         self._metrics = metrics
         self._clients: dict[str, AttachClient] = {}
         self._tasks: dict[str, asyncio.Task[None]] = {}
@@ -78,10 +81,29 @@ class Fleet:
         if client is not None:
             client.abort(request, attempt)
 
-    def candidates(self) -> list[Candidate]:
-        """Workers that can take a request now."""
+    def prefix(self, token_ids: Sequence[int], salt: str) -> Chain:
+        """Names a sequence's prefixes to `candidates` and `remember`; empty as long as no worker is there."""
+        facts = self.registry.facts
+        return prefix_chain(token_ids, salt, facts.block_size) if facts and facts.block_size else ()
+
+    def cached_tokens(self, worker_id: str, prefix: Chain) -> int:
+        """How much of a sequence the worker probably has in its prefix cache."""
+        client, facts = self._clients.get(worker_id), self.registry.facts
+        if client is None or facts is None:
+            return 0
+        return self._prefixes.overlap(client.identity.boot_id, prefix) * facts.block_size
+
+    def remember(self, worker_id: str, prefix: Chain) -> None:
+        """The worker has, or will have, the KV of these blocks; no-op if it is gone."""
+        client = self._clients.get(worker_id)
+        if client is not None:
+            num_blocks = client.load.blocks_total or MAX_BLOCKS
+            self._prefixes.add(client.identity.boot_id, prefix, num_blocks)
+
+    def candidates(self, prefix: Chain = ()) -> list[Candidate]:
+        """Workers that can take a request now, with what they know of its prefix."""
         return [
-            _candidate(client)
+            self._candidate(client, prefix)
             for worker in self.registry.alive()
             if worker.state is State.READY and (client := self._clients[worker.worker_id]).connected
         ]
@@ -127,14 +149,15 @@ class Fleet:
         if client is not None and task is not None:
             client.lose()
             task.cancel()
+            self._prefixes.forget(client.identity.boot_id)
 
-
-def _candidate(client: AttachClient) -> Candidate:
-    load = client.load
-    return Candidate(
-        worker_id=client.identity.worker_id,
-        role=client.source,
-        queued_prefill_tokens=max(load.queued_prefill_tokens, client.num_uncomputed_tokens),
-        num_requests=max(load.requests_running + load.requests_waiting, client.num_live),
-        blocks_free=load.blocks_total - load.blocks_used,
-    )
+    def _candidate(self, client: AttachClient, prefix: Chain) -> Candidate:
+        load = client.load
+        return Candidate(
+            worker_id=client.identity.worker_id,
+            role=client.source,
+            queued_prefill_tokens=max(load.queued_prefill_tokens, client.num_uncomputed_tokens),
+            num_requests=max(load.requests_running + load.requests_waiting, client.num_live),
+            blocks_free=load.blocks_total - load.blocks_used,
+            cached_tokens=self.cached_tokens(client.identity.worker_id, prefix),
+        )

@@ -22,7 +22,13 @@ from gateway.model import ServedModel
 from gateway.output import Delta, TextOutput
 from gateway.prompts import Messages, bad_word_token_ids, tokenize
 from gateway.run import Prepared, RequestRun
-from gateway.validation import ModelLimits, check_prompt, client_names, complete_sampling
+from gateway.validation import (
+    ModelLimits,
+    check_cache_salt,
+    check_prompt,
+    client_names,
+    complete_sampling,
+)
 from protos.tandem.v1 import common_pb2 as pb
 from runtime.clock import SystemClock
 from runtime.errors import AlreadyExists, Cancelled, TandemError, Unavailable
@@ -53,6 +59,8 @@ class Generation:
     """What the client calls fields of SamplingParams, where it differs."""
     traceparent: str = ""
     """W3C trace context; may be empty."""
+    cache_salt: str = ""
+    """Requests share cached KV only with requests of the same salt."""
 
 
 @dataclass(eq=False)
@@ -204,6 +212,7 @@ class Flow:
         else:
             token_ids = await tokenize(self.model, prompt, max_tokens=limits.max_model_len)
         check_prompt(token_ids, limits)
+        check_cache_salt(asked.cache_salt)
         sampling = complete_sampling(
             asked.sampling,
             limits,
@@ -223,6 +232,7 @@ class Flow:
             deadline=asyncio.get_running_loop().time() + left_s,
             traceparent=asked.traceparent,
             priority=asked.priority,
+            cache_salt=asked.cache_salt,
         )
 
     async def _check_grammar(self, output: pb.StructuredOutput, names: Mapping[str, str]) -> None:

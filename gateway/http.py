@@ -129,6 +129,7 @@ def _generation(request: Request, asked: openai.ApiRequest, request_id: str) -> 
         priority=asked.priority,
         default_max_tokens=asked.default_max_tokens,
         names=asked.names,
+        cache_salt=asked.cache_salt,
         traceparent=request.headers.get("traceparent", "")[:256],
     )
 

@@ -45,6 +45,7 @@ COMMON_FIELDS = frozenset(
     {*INT_FIELDS, *FLOAT_FIELDS, *BOOL_FIELDS}
     | {"model", "stream", "stream_options", "stop", "stop_token_ids", "logit_bias", "logprobs"}
     | {*STRUCTURED_FIELDS, "allowed_token_ids", "bad_words", "return_token_ids", "request_id", "priority"}
+    | {"cache_salt"}
 )
 
 HARMLESS_FIELDS = frozenset(
@@ -94,6 +95,8 @@ class ApiRequest:
     """vLLM's field; the header X-Request-Id goes first."""
     priority: int = 0
     """The larger goes first, as in the gRPC API; vLLM's field has the opposite sign."""
+    cache_salt: str = ""
+    """vLLM's: cached KV is shared only within one salt."""
     default_max_tokens: int | None = None
     """For an unset max_tokens."""
     names: Mapping[str, str] = field(default_factory=dict)
@@ -172,7 +175,16 @@ def _common(body: Body) -> dict[str, Any]:
         "return_token_ids": get_bool(body, "return_token_ids", default=False),
         "request_id": get_text(body, "request_id"),
         "priority": _int(body, "priority", INT32) or 0,
+        "cache_salt": _cache_salt(body),
     }
+
+
+def _cache_salt(body: Body) -> str:
+    """Empty is refused, as in vLLM: who has lost their tenant's name must not share with everybody."""
+    salt = get_text(body, "cache_salt")
+    if salt == "":
+        raise InvalidRequest("cache_salt must not be empty", field="cache_salt")
+    return salt or ""
 
 
 def _check_fields(body: Body, known: frozenset[str]) -> None:

@@ -20,6 +20,7 @@ from gateway.attempt import NOTHING, Failed, Finished, NewTokens, Progress, Sour
 from gateway.fleet import Fleet
 from gateway.metrics import GatewayMetrics
 from gateway.output import Delta, TextOutput
+from gateway.prefix_index import Chain
 from gateway.router import Route, choose
 from protos.tandem.v1 import common_pb2 as pb
 from runtime.errors import Cancelled, DeadlineExceeded, Preempted, TandemError, Unavailable
@@ -55,6 +56,8 @@ class Prepared:
     """W3C trace context; may be empty."""
     priority: int = 0
     """The larger goes first, where the workers schedule by priority."""
+    cache_salt: str = ""
+    """Names who may share cached blocks; empty: everybody without a salt."""
 
 
 class RequestRun:
@@ -97,11 +100,12 @@ class RequestRun:
     async def _all_attempts(self) -> AsyncGenerator[Delta, None]:
         last = None
         while last is None:
-            route = await self._route()
+            prefix = self._prefix()
+            route = await self._route(prefix)
             attempt = self._progress.begin(split=route.prefill is not None)
             self._metrics.attempts.inc()
             try:
-                self._submit(route)
+                self._submit(route, prefix)
                 while (delta := await self._next_delta()) is not None:
                     if delta.finish_reason is not None:
                         last = delta
@@ -110,6 +114,7 @@ class RequestRun:
             finally:
                 self._abort(route, attempt)
             last = last or await self._after_failure(route)
+        self._fleet.remember(route.decode, self._prefix())
         yield last
 
     async def _next_delta(self) -> Delta | None:
@@ -173,13 +178,17 @@ class RequestRun:
         )
         return replace(delta, usage=usage)
 
-    async def _route(self) -> Route:
+    def _prefix(self) -> Chain:
+        token_ids = [*self._request.prompt_token_ids, *self._progress.emitted]
+        return self._fleet.prefix(token_ids, self._request.cache_salt)
+
+    async def _route(self, prefix: Chain) -> Route:
         """Workers for the next attempt. A first attempt does not wait for them, a later one a little."""
         now = asyncio.get_running_loop().time
         waits_until = now() + (WAIT_FOR_WORKER_S if self._progress.attempt >= 0 else 0)
         while True:
             route = choose(
-                self._fleet.candidates(),
+                self._fleet.candidates(prefix),
                 len(self._request.prompt_token_ids) + len(self._progress.emitted),
                 local_prefill_threshold=self._local_prefill_threshold,
                 avoid=self._avoid,
@@ -190,7 +199,7 @@ class RequestRun:
                 raise Unavailable(self._fleet.not_ready() or "no worker", retry_after_s=1.0, retryable=True)
             await asyncio.sleep(RETRY_PAUSE_S)
 
-    def _submit(self, route: Route) -> None:
+    def _submit(self, route: Route, prefix: Chain) -> None:
         decode = self._fleet.client(route.decode)
         prefill = self._fleet.client(route.prefill) if route.prefill else None
         submit = self._submit_message()
@@ -202,7 +211,9 @@ class RequestRun:
             if peer is not None:
                 message.peer.CopyFrom(peer.identity)
             try:
-                client.submit(message, self._inbox)
+                worker_id = client.identity.worker_id
+                client.submit(message, self._inbox, self._fleet.cached_tokens(worker_id, prefix))
+                self._fleet.remember(worker_id, prefix)
             except TandemError as error:
                 self._inbox.put(Arrival(source, self._progress.attempt, error))
 
@@ -219,6 +230,7 @@ class RequestRun:
             timeout_ms=max(int(left_s * 1000), 1),
             traceparent=self._request.traceparent,
             priority=self._request.priority,
+            cache_salt=self._request.cache_salt,
         )
         if self._progress.emitted:
             submit.emitted.add(choice=0, token_ids=self._progress.emitted)

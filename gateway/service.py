@@ -129,6 +129,7 @@ def _generation(
         timeout_s=float("inf") if remaining_s is None else remaining_s,
         model=request.model,
         priority=request.priority,
+        cache_salt=request.cache_salt,
         traceparent=metadata.get("traceparent", "")[:256],
     )
 

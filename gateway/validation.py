@@ -14,6 +14,7 @@ from runtime.errors import ContextLengthExceeded, InvalidRequest
 MAX_STOPS = 16
 MAX_STOP_BYTES = 256
 MAX_STOP_TOKEN_IDS = 256
+MAX_CACHE_SALT_BYTES = 256
 MAX_LOGPROBS = 20
 MAX_LOGIT_BIAS = 300
 MAX_GRAMMAR_BYTES = 128 * 1024
@@ -251,3 +252,9 @@ def check_prompt(token_ids: Sequence[int], limits: ModelLimits, name: str = "pro
     if not token_ids:
         raise InvalidRequest(f"{name} must not be empty", field=name)
     _check_token_ids(token_ids, limits.vocab_size, name, len(token_ids))
+
+
+def check_cache_salt(salt: str) -> None:
+    """A salt is hashed with every block: InvalidRequest if it is long."""
+    if len(salt.encode()) > MAX_CACHE_SALT_BYTES:
+        raise InvalidRequest(f"cache_salt must have at most {MAX_CACHE_SALT_BYTES} bytes", field="cache_salt")

@@ -65,6 +65,37 @@ async def test_text_prompt_gets_bos_and_special_spellings_stay_text() -> None:
         assert made.workers["p1"].submits[-1].transfer_id == made.workers["d1"].submits[-1].transfer_id
 
 
+async def test_cache_salt_reaches_both_workers() -> None:
+    async with cluster(*PAIR) as made, http(made) as client:
+        body = {"prompt": PROMPT, "max_tokens": 1, "cache_salt": "tenant"}
+        assert (await client.post("/v1/completions", json=body)).status_code == 200
+        assert [worker.submits[-1].cache_salt for worker in made.workers.values()] == ["tenant"] * 2
+        for bad in ("", "x" * 257, 7):
+            response = await client.post("/v1/completions", json=body | {"cache_salt": bad})
+            assert (response.status_code, response.json()["error"]["param"]) == (400, "cache_salt")
+
+
+async def test_a_prompt_goes_where_its_prefix_is() -> None:
+    async with cluster(("prefill", "p2"), ("decode", "d2")) as made, http(made) as client:
+
+        async def workers_of(prompt: list[int]) -> set[str]:
+            before = {name: len(worker.submits) for name, worker in made.workers.items()}
+            body = {"prompt": prompt, "max_tokens": 2}
+            assert (await client.post("/v1/completions", json=body)).status_code == 200
+            await made.until(lambda: not any(each.num_requests for each in made.gateway.fleet.candidates()))
+            return {name for name, worker in made.workers.items() if len(worker.submits) > before[name]}
+
+        assert await workers_of([300] * 40) == {"p2", "d2"}
+        for role, name in (("prefill", "p1"), ("decode", "d1")):
+            await made.add(role, name)
+        assert await workers_of([301] * 40) == {"p1", "d1"}
+        assert await workers_of([300] * 40 + [5, 6]) == {"p2", "d2"}
+        await made.workers["p2"].die()
+        await made.until(lambda: "p2" not in made.ready())
+        await made.add("prefill", "p2")
+        assert await workers_of([300] * 40) == {"p1", "d2"}, "a new boot has an empty cache"
+
+
 async def test_openai_client_chat() -> None:
     async with cluster(*PAIR) as made:
         client = openai.AsyncOpenAI(base_url=f"{made.url}/v1", api_key="none", max_retries=0)

@@ -14,12 +14,20 @@ from runtime.errors import InvalidRequest, Mismatch
 READY = common_pb2.WORKER_STATE_READY
 
 
-def prefill(worker_id: str, queued: int = 0) -> Candidate:
-    return Candidate(worker_id=worker_id, role=Source.PREFILL, queued_prefill_tokens=queued)
+def prefill(worker_id: str, queued: int = 0, cached: int = 0) -> Candidate:
+    return Candidate(
+        worker_id=worker_id, role=Source.PREFILL, queued_prefill_tokens=queued, cached_tokens=cached
+    )
 
 
-def decode(worker_id: str, requests: int = 0, free: int = 10) -> Candidate:
-    return Candidate(worker_id=worker_id, role=Source.DECODE, num_requests=requests, blocks_free=free)
+def decode(worker_id: str, requests: int = 0, free: int = 10, cached: int = 0) -> Candidate:
+    return Candidate(
+        worker_id=worker_id,
+        role=Source.DECODE,
+        num_requests=requests,
+        blocks_free=free,
+        cached_tokens=cached,
+    )
 
 
 def pick(*candidates: Candidate, tokens: int = 10, threshold: int = 0, avoid: tuple[str, ...] = ()) -> Any:
@@ -33,6 +41,17 @@ def test_least_loaded() -> None:
     assert choose([], 1, local_prefill_threshold=0) is None
     assert pick(prefill("p1")) is None
     assert choose([decode("d1")], 1, local_prefill_threshold=0) == Route(decode="d1", prefill=None)
+
+
+def test_a_warm_prefill_worker_is_worth_the_tokens_that_it_saves() -> None:
+    for queued, chosen in ((63, "warm"), (65, "cold")):
+        pool = [prefill("cold"), prefill("warm", queued, cached=64), decode("d1")]
+        assert pick(*pool, tokens=100) == (chosen, "d1")
+
+
+def test_among_equally_busy_decode_workers_the_one_that_lacks_least() -> None:
+    pool = [decode("d1", 2, free=90), decode("d2", 2, free=5, cached=32), decode("d3", 3, cached=64)]
+    assert pick(*pool) == (None, "d2")
 
 
 def test_threshold_and_avoid() -> None:

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from gateway.validation import UNSUPPORTED, ModelLimits, check_prompt, complete_sampling
+from gateway.validation import UNSUPPORTED, ModelLimits, check_cache_salt, check_prompt, complete_sampling
 from protos.tandem.v1 import common_pb2 as pb
 from runtime.errors import ContextLengthExceeded, InvalidRequest
 
@@ -100,3 +100,10 @@ def test_what_is_not_supported_is_refused_by_name(name: str) -> None:
     }
     with pytest.raises(InvalidRequest, match=f"{name} is not supported"):
         complete(**{name: values.get(name, 1)})
+
+
+def test_a_salt_has_at_most_256_bytes() -> None:
+    check_cache_salt("é" * 128)
+    with pytest.raises(InvalidRequest) as raised:
+        check_cache_salt("é" * 128 + "a")
+    assert raised.value.field == "cache_salt"
