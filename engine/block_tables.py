@@ -167,6 +167,9 @@ class BlockTables:
         request.num_published_blocks = 0
 
     def _match(self, request: Request, max_tokens: int) -> list[BlockIds]:
+        # Log-probabilities of a prompt need the logits of all of its positions.
+        if request.prompt_logprobs is not None:
+            return []
         return self._cache.match(self._keys(request, max_tokens // self.block_size))
 
     def _last_published(self, request: Request) -> int:

@@ -202,6 +202,7 @@ class Engine:
             start_index=start_index,
             token_ids=(sample.token_id,),
             logprobs=None if sample.logprob is None else (sample.logprob,),
+            prompt_logprobs=_take_prompt_logprobs(request.leader or request),
             finish_reason=reason,
             stop_token_id=stop_token_id,
         )
@@ -223,6 +224,8 @@ class Engine:
                 field="n",
             )
         check_room(request, self.kv_cache.tables)
+        if request.sampling.prompt_logprobs is not None:
+            request.prompt_logprobs = []
 
     def _validate(self, request: Request) -> None:
         """Whatever would disturb others in a batch, or could never end, is refused here."""
@@ -247,3 +250,9 @@ class Engine:
         ):
             if token_ids and not (min(token_ids) >= 0 and max(token_ids) < vocab_size):
                 raise InvalidRequest(f"{field}: token ids must be in [0, {vocab_size})", field=field)
+
+
+def _take_prompt_logprobs(request: Request) -> tuple[TokenLogprob, ...] | None:
+    """They are reported once."""
+    taken, request.prompt_logprobs = request.prompt_logprobs, None
+    return None if taken is None else tuple(taken)

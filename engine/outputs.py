@@ -19,6 +19,8 @@ class StepOutput:
     token_ids: tuple[int, ...] = ()
     logprobs: tuple[TokenLogprob, ...] | None = None
     """One per token; None if the request asked for none."""
+    prompt_logprobs: tuple[TokenLogprob, ...] | None = None
+    """With the first output after the prompt was computed, if the request asked for them."""
     finish_reason: FinishReason | None = None
     stop_token_id: int | None = None
     """The token that ended the request, if one did; it is the last of `token_ids`."""

@@ -117,6 +117,8 @@ class SamplingParams:
     """Report the log-probability of each token and of this many likeliest alternatives."""
     beams: BeamParams | None = None
     """Beam search; of all other fields it obeys max_tokens, stop_token_ids, ignore_eos and logprobs."""
+    prompt_logprobs: int | None = None
+    """The same for the prompt's tokens from the second one on."""
     edits_logits: bool = field(init=False)
     """Something changes single logits before the temperature does; all others take the fast path."""
 
@@ -126,8 +128,9 @@ class SamplingParams:
                 raise InvalidRequest(f"{name} must be {rule}, got {getattr(self, name)}", field=name)
         if not all(map(math.isfinite, self.logit_bias.values())):
             raise InvalidRequest("logit_bias values must be finite", field="logit_bias")
-        if self.logprobs is not None and self.logprobs < 0:
-            raise InvalidRequest(f"logprobs must be at least 0, got {self.logprobs}", field="logprobs")
+        for name in ("logprobs", "prompt_logprobs"):
+            if (getattr(self, name) or 0) < 0:
+                raise InvalidRequest(f"{name} must be at least 0, got {getattr(self, name)}", field=name)
         if not all(self.bad_words):
             raise InvalidRequest("bad_words: a sequence must have at least one token", field="bad_words")
         object.__setattr__(self, "edits_logits", self._edits_logits())
@@ -175,6 +178,9 @@ class Request:
     """Cached blocks are shared only among requests with the same salt."""
     priority: int = 0
     """A larger one goes first, where the policy is by priority."""
+    prompt_logprobs: list[TokenLogprob] | None = None
+    """Of the prompt's tokens from the second one on, as far as they are computed; None if they are not asked
+    for, and once they are reported."""
     num_computed_tokens: int = 0
     """Leading tokens whose KV lies in this request's blocks, or in host memory while it is SWAPPED."""
     num_cached_tokens: int = 0

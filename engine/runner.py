@@ -7,6 +7,7 @@ import torch
 from engine.batch import build_batch
 from engine.kv_cache import KvCache
 from engine.loader import LoadedModel
+from engine.logprobs import record_prompt_logprobs
 from engine.plan import Scheduled
 from engine.sampler import Sample, Sampler
 from engine.structured import Grammars
@@ -29,6 +30,7 @@ class Runner:
         hidden = self._module.forward(
             batch.token_ids, batch.positions, kv_group, group.slot_mapping, group.attention
         )
+        record_prompt_logprobs(plan, hidden, self._module.logits)
         requests = [sampler for item in plan if item.samples for sampler in item.request.samplers]
         if not requests:
             return []

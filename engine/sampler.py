@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from engine.logit_edits import edit_logits
+from engine.logprobs import token_logprobs
 from engine.request import Request, SamplingParams, TokenLogprob
 from engine.sampler_state import SamplerState
 from engine.structured import Grammars
@@ -118,14 +119,10 @@ def _logprobs(logits: Tensor, requests: Sequence[Request], token_ids: Tensor) ->
     if not rows:
         return found
     index = _tensor(rows, logits)
-    logprobs = logits.index_select(0, index).log_softmax(-1)
-    sampled = logprobs.gather(1, token_ids.index_select(0, index).unsqueeze(1)).squeeze(1).tolist()
-    num_top = [min(requests[row].sampling.logprobs or 0, logits.shape[1]) for row in rows]
-    top = logprobs.topk(max(num_top), dim=-1)
-    top_ids, top_values = top.indices.tolist(), top.values.tolist()
-    for i, row in enumerate(rows):
-        alternatives = tuple(zip(top_ids[i][: num_top[i]], top_values[i][: num_top[i]], strict=True))
-        found[row] = TokenLogprob(sampled[i], alternatives)
+    num_top = [requests[row].sampling.logprobs or 0 for row in rows]
+    asked = token_logprobs(logits.index_select(0, index), token_ids.index_select(0, index), num_top)
+    for row, logprob in zip(rows, asked, strict=True):
+        found[row] = logprob
     return found
 
 

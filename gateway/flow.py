@@ -260,7 +260,10 @@ class Flow:
         async with aclosing(live.run.deltas()) as deltas:
             async for delta in deltas:
                 meter.on_tokens(self._clock.now(), len(delta.token_ids))
-                yield replace(delta, prompt_token_ids=prompt_token_ids)
+                if prompt_token_ids:
+                    found = live.run.prompt_logprobs.found
+                    delta = replace(delta, prompt_token_ids=prompt_token_ids, prompt_logprobs=found)
+                yield delta
                 prompt_token_ids = []
         meter.on_end(self._clock.now())
 

@@ -27,6 +27,7 @@ INT64 = (-(2**63), 2**63 - 1)
 INT_FIELDS: Mapping[str, tuple[int, int]] = {
     "max_tokens": UINT32,
     "min_tokens": UINT32,
+    "prompt_logprobs": UINT32,
     "top_k": INT32,
     "seed": INT64,
 }
@@ -216,6 +217,8 @@ def _sampling(body: Body) -> tuple[pb.SamplingParams, dict[str, str]]:
     if body.get("allowed_token_ids") is not None:
         sampling.allowed_token_ids.extend(_allowed_token_ids(body))
     sampling.bad_words.extend(_bad_words(body))
+    if sampling.HasField("prompt_logprobs") and body.get("stream"):
+        raise InvalidRequest("prompt_logprobs cannot be streamed", field="prompt_logprobs")
     structured = structured_output(body)
     if structured is None:
         return sampling, {}

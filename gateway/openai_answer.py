@@ -82,6 +82,8 @@ class Answer:
         body = self._body("chat.completion" if self._is_chat else "text_completion", [choice])
         if self._request.return_token_ids:
             (body if self._is_chat else choice)["prompt_token_ids"] = list(delta.prompt_token_ids)
+        if self._request.sampling.HasField("prompt_logprobs"):
+            (body if self._is_chat else choice)["prompt_logprobs"] = self._prompt_logprobs(delta)
         if delta.usage is not None:
             body["usage"] = usage_json(delta.usage)
         return body
@@ -121,6 +123,23 @@ class Answer:
         text, raw = self._tokenizer.token_text(token_id)
         return {"token": text, "logprob": _json_float(logprob), "bytes": list(raw)}
 
+    def _prompt_logprobs(self, delta: Delta) -> list[dict[str, Any] | None]:
+        """As vLLM writes them: nothing is known of the first token; ranks are those of the alternatives."""
+        tokens = zip(delta.prompt_token_ids[1:], delta.prompt_logprobs, strict=True)
+        return [None, *(self._prompt_logprob(*pair) for pair in tokens)]
+
+    def _prompt_logprob(self, token_id: int, logprob: pb.TokenLogprob) -> dict[str, Any]:
+        entries: dict[int, tuple[float, int | None]] = {token_id: (logprob.logprob, None)}
+        entries |= {item.token_id: (item.logprob, rank) for rank, item in enumerate(logprob.top, 1)}
+        return {
+            str(each): {
+                "logprob": _json_float(value),
+                "rank": rank,
+                "decoded_token": self._tokenizer.token_text(each)[0],
+            }
+            for each, (value, rank) in entries.items()
+        }
+
     def _completion_logprobs(self, pairs: Sequence[tuple[int, pb.TokenLogprob]]) -> dict[str, Any]:
         tokens = [self._tokenizer.token_text(token_id)[0] for token_id, _ in pairs]
         offsets = []
@@ -159,4 +178,5 @@ def join(deltas: Sequence[Delta]) -> Delta:
         stop_reason=last.stop_reason,
         usage=last.usage,
         prompt_token_ids=deltas[0].prompt_token_ids,
+        prompt_logprobs=deltas[0].prompt_logprobs,
     )

@@ -29,6 +29,8 @@ class Delta:
     """Set on the last delta."""
     prompt_token_ids: Sequence[int] = ()
     """Set on the first delta."""
+    prompt_logprobs: Sequence[pb.TokenLogprob] = ()
+    """Set on the first delta if asked for: of the prompt's tokens from the second one on."""
 
 
 class Piece(NamedTuple):

@@ -21,6 +21,7 @@ from gateway.fleet import Fleet
 from gateway.metrics import GatewayMetrics
 from gateway.output import Delta, TextOutput
 from gateway.prefix_index import Chain
+from gateway.prompt_logprobs import PromptLogprobs
 from gateway.router import Route, choose
 from protos.tandem.v1 import common_pb2 as pb
 from runtime.errors import Cancelled, DeadlineExceeded, Preempted, TandemError, Unavailable
@@ -80,6 +81,7 @@ class RequestRun:
         self._progress = Progress()
         self._inbox = Inbox()
         self._avoid: set[str] = set()
+        self.prompt_logprobs = PromptLogprobs(request.sampling)
         self._num_failures = 0
 
     def interrupt(self, error: TandemError) -> None:
@@ -103,6 +105,7 @@ class RequestRun:
             prefix = self._prefix()
             route = await self._route(prefix)
             attempt = self._progress.begin(split=route.prefill is not None)
+            self.prompt_logprobs.begin(attempt, split=route.prefill is not None)
             self._metrics.attempts.inc()
             try:
                 self._submit(route, prefix)
@@ -136,7 +139,7 @@ class RequestRun:
     async def _arrivals(self) -> list[Arrival]:
         try:
             async with asyncio.timeout_at(self._request.deadline):
-                return await self._inbox.get()
+                return self.prompt_logprobs.admit(await self._inbox.get())
         except TimeoutError:
             raise DeadlineExceeded("the request's deadline passed") from None
 
@@ -208,6 +211,7 @@ class RequestRun:
         for source, client, peer in clients:
             message = pb.Submit()
             message.CopyFrom(submit)
+            self.prompt_logprobs.ask(source, message)
             if peer is not None:
                 message.peer.CopyFrom(peer.identity)
             try:

@@ -53,6 +53,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
             model=self._flow.model.name,
             completions=[_completion(whole)],
             usage=whole.usage,
+            prompt_logprobs=whole.prompt_logprobs,
         )
 
     async def Tokenize(
@@ -165,6 +166,7 @@ def _response(request_id: str, delta: Delta) -> inference_pb2.GenerateResponse:
         text=delta.text,
         logprobs=delta.logprobs,
         usage=delta.usage,
+        prompt_logprobs=delta.prompt_logprobs,
     )
     if delta.finish_reason is not None:
         response.finish_reason = delta.finish_reason

@@ -72,7 +72,6 @@ class ModelLimits:
 
 UNSUPPORTED = frozenset(
     {
-        "prompt_logprobs",
         "n",
         "best_of",
         "use_beam_search",
@@ -143,6 +142,7 @@ def _complete(
     _check_token_ids(full.allowed_token_ids, limits.vocab_size, "allowed_token_ids", limits.vocab_size)
     _check_bad_words(full.bad_words)
     _check_logprobs(full, "logprobs")
+    _check_logprobs(full, "prompt_logprobs")
     if full.HasField("structured_output"):
         _check_structured(full.structured_output)
     return full

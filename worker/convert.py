@@ -39,6 +39,7 @@ def to_sampling(submit: pb.Submit) -> SamplingParams:
         grammar=to_grammar(params),
         bad_words=tuple(tuple(word.token_ids) for word in submit.bad_words),
         logprobs=params.logprobs if params.HasField("logprobs") else None,
+        prompt_logprobs=params.prompt_logprobs if params.HasField("prompt_logprobs") else None,
         beams=to_beams(params),
     )
 
@@ -87,6 +88,7 @@ def token_frame(request: int, attempt: int, output: StepOutput) -> pb.TokenFrame
         start_index=output.start_index,
         token_ids=output.token_ids,
         logprobs=[from_logprob(item) for item in output.logprobs or ()],
+        prompt_logprobs=[from_logprob(item) for item in output.prompt_logprobs or ()],
     )
     if output.start_index == 0:
         frame.cached_tokens = output.num_cached_tokens

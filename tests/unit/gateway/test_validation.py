@@ -9,6 +9,7 @@ from protos.tandem.v1 import common_pb2 as pb
 from runtime.errors import ContextLengthExceeded, InvalidRequest
 
 LIMITS = ModelLimits(max_model_len=100, vocab_size=50, defaults={"temperature": 0.5, "top_k": 7})
+OPTIONAL = {"logprobs", "prompt_logprobs", "structured_output"}
 NAN, INF = float("nan"), float("inf")
 
 
@@ -23,10 +24,7 @@ def test_every_field_is_set() -> None:
     assert (neutral.temperature, neutral.top_p, neutral.top_k, neutral.min_p) == (1, 1, 0, 0)
     assert neutral.repetition_penalty == 1
     for name in pb.SamplingParams.DESCRIPTOR.fields_by_name:
-        if (
-            name not in UNSUPPORTED | {"logprobs", "structured_output"}
-            and neutral.DESCRIPTOR.fields_by_name[name].has_presence
-        ):
+        if name not in UNSUPPORTED | OPTIONAL and neutral.DESCRIPTOR.fields_by_name[name].has_presence:
             assert neutral.HasField(name), name
 
 
@@ -48,6 +46,7 @@ def test_every_field_is_set() -> None:
         ("stop_token_ids", [[49], [0]], [[50], [0] * 257]),
         ("logit_bias", [{49: 100, 0: -100}], [{50: 0}, {0: 100.5}, {0: NAN}]),
         ("logprobs", [0, 20], [21]),
+        ("prompt_logprobs", [0, 20], [21]),
         ("allowed_token_ids", [[49], list(range(50))], [[50], [0] * 51]),
         ("bad_words", [["a"] * 32, ["é" * 128], [" a "]], [["a"] * 33, [""], ["  "], ["é" * 128 + "a"]]),
     ],
