@@ -186,13 +186,13 @@ async def test_blocks_arrive_chunk_by_chunk_and_commit() -> None:
         for computed in (6, 10):
             item.advance((7, 2, 9), computed)
             both.senders.advance(item)
-        item.first = FirstToken(choice=0, token_id=5)
+        item.first_tokens = (FirstToken(choice=0, token_id=5),)
         both.senders.advance(item)
         assert await outcome(both.owner) == ("sent", "")
         assert await outcome(both.owner) == ("committed", "")
         async with asyncio.timeout(5):
             commit = await both.intake.commits.get()
-        assert commit.first_tokens == (item.first,)
+        assert commit.first_tokens == item.first_tokens
         source, target = (made.engine.kv_cache.groups[0] for made in (both.sender, both.receiver))
         assert torch.equal(target[:, :, :3], source[:, :, [7, 2, 9]])
         block_bytes = source[:, :, 0].nbytes
@@ -240,6 +240,6 @@ async def test_cancel_before_the_commit_frees_the_link_for_others(known: bool) -
         both.senders.cancel(item, "given up")
         both.senders.add(both.peer, other)
         other.advance((3,), 4)
-        other.first = FirstToken(choice=0, token_id=5)
+        other.first_tokens = (FirstToken(choice=0, token_id=5),)
         both.senders.advance(other)
         assert [await outcome(both.owner) for _ in range(2)] == [("sent", ""), ("committed", "")]
