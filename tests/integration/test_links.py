@@ -65,6 +65,9 @@ class FakeEngine:
         tables = SimpleNamespace(num_blocks=NUM_BLOCKS)
         self.kv_cache = SimpleNamespace(groups=[torch.randn(SHAPE)], tables=tables)
 
+    def enter(self, request: Any) -> None:
+        request.rank = 0
+
     def reserve(self, request: Any) -> bool:
         request.block_tables = [list(range(request.num_blocks))]
         return True
@@ -121,7 +124,7 @@ class Intake:
             self._made.bridge.thread.post(lambda engine: self._take(engine, transfer_id))
 
     def _take(self, engine: Any, transfer_id: bytes) -> None:
-        self.receiving.want(transfer_id, self.wanted[transfer_id])
+        self.receiving.want(engine, transfer_id, self.wanted[transfer_id])
         self.receiving.reserve_waiting(engine)
 
     def _reserved(self, transfer_id: bytes, num_blocks: int, num_cached_tokens: int) -> None:
