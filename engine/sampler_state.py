@@ -4,6 +4,7 @@ It is a function of the request's parameters and tokens alone: a request that mo
 finds the same state.
 """
 
+from collections import defaultdict
 from collections.abc import Sequence
 
 import numpy as np
@@ -46,7 +47,11 @@ class SamplerState:
         ends = {(token_id,) for token_id in eos_token_ids}
         words = [word for word in params.bad_words if word not in ends]
         self._bad_ids = as_ids([word[0] for word in words if len(word) == 1])
-        self._bad_words = [word for word in words if len(word) > 1]
+        self._bad_words: defaultdict[int, list[tuple[int, ...]]] = defaultdict(list)
+        """Longer ones, by the token before their last."""
+        for word in words:
+            if len(word) > 1:
+                self._bad_words[word[-2]].append(word)
         self._num_outputs = 0
 
     @property
@@ -68,7 +73,9 @@ class SamplerState:
         if len(request.output_token_ids) < request.sampling.min_tokens:
             found.append(self._end_ids)
         if self._bad_words:
-            found.append(as_ids([word[-1] for word in self._bad_words if _is_begun(word, request)]))
+            [latest] = request.tokens(request.num_tokens - 1, request.num_tokens)
+            words = self._bad_words.get(latest, ())
+            found.append(as_ids([word[-1] for word in words if _is_begun(word, request)]))
         return found
 
 

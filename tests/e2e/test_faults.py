@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import threading
 from typing import Any
@@ -101,5 +102,19 @@ def test_a_frozen_decode_worker_is_left_behind(split: Up) -> None:
         assert stream(split, {10: freeze}, max_tokens=60, **GREEDY) == undisturbed
     finally:
         os.kill(frozen[0], signal.SIGCONT)
+    eventually(lambda: all_ready(split), 60, "all workers again")
+    eventually(split.is_quiet, 5, "quiet")
+
+
+def test_decode_worker_killed_in_the_middle_of_a_structure(split: Up) -> None:
+    """The next worker replays the tokens in the grammar: the text goes on as if nothing had happened."""
+    eventually(lambda: all_ready(split), 60, "all workers")
+    pattern = "([a-z]{4}=[0-9]{3};){9}!"
+    options = SEEDED | {"max_tokens": 120, "ignore_eos": False, "guided_regex": pattern}
+    undisturbed = stream(split, {}, **options)
+    disturbed = stream(split, {9: lambda: kill(split, "decode", busy(split, "decode"))}, **options)
+    assert disturbed == undisturbed
+    text = split.client.post("/detokenize", json={"tokens": disturbed}).json()["prompt"]
+    assert re.fullmatch(pattern, text)
     eventually(lambda: all_ready(split), 60, "all workers again")
     eventually(split.is_quiet, 5, "quiet")
