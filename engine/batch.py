@@ -1,7 +1,7 @@
 """From a plan to the tensors of one packed forward pass."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -14,69 +14,98 @@ MIN_ROWS = 4
 below (measured on CPU): all batches are padded to it."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class GroupBatch:
-    """A step's view of one KV group."""
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Span:
+    """Consecutive new tokens of one request."""
 
-    slot_mapping: Tensor
-    """int64 [num_tokens]: the slot of each new token; padding rows have none."""
-    attention: AttentionBatch
+    table: Sequence[int]
+    """Block ids, in the KV group of the model that runs."""
+    start: int
+    """Position of the first new token."""
+    token_ids: list[int]
+    num_singles: int = 0
+    """So many tokens at the end are each computed like the one token of a decode step: the same bits."""
+    samples: Sequence[int] = field(default=())
+    """Tokens whose logits are wanted, counted within the span; one may be named more than once."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Batch:
-    """New tokens of all scheduled requests, packed, then padded to MIN_ROWS rows."""
+    """New tokens of all spans, packed, then padded to MIN_ROWS rows."""
 
     token_ids: Tensor
     """int64 [num_rows]."""
     positions: Tensor
     """int64 [num_rows]."""
-    groups: list[GroupBatch]
-    """One per KV group."""
+    slot_mapping: Tensor
+    """int64 [num_tokens]: the slot of each new token; padding rows have none."""
+    attention: AttentionBatch
     sample_rows: Tensor
-    """int64 [max(num_samples, MIN_ROWS)]: last row of a sequence, for each request that samples
-    from it; padding is row 0."""
+    """int64 [max(num_samples, MIN_ROWS)]: rows whose logits are wanted; padding is row 0."""
     num_samples: int
 
 
 def build_batch(plan: Sequence[Scheduled], *, block_size: int, device: torch.device) -> Batch:
-    """Pack a plan that is not empty; lists first, then one copy per tensor."""
+    """Pack a plan that is not empty for the target model."""
+    return pack([_span(item) for item in plan], block_size=block_size, device=device)
+
+
+def _span(item: Scheduled) -> Span:
+    """What is computed of the sequence, then the draft tokens, each sampled behind."""
+    request, num_drafts = item.request, len(item.draft_token_ids)
+    last = item.query_len - 1
+    samples: Sequence[int] = ()
+    if item.samples:
+        samples = range(last, last + 1 + num_drafts) if num_drafts else [last] * len(request.samplers)
+    return Span(
+        table=request.block_tables[0],
+        start=request.num_computed_tokens,
+        token_ids=[*request.tokens(request.num_computed_tokens, item.context_len), *item.draft_token_ids],
+        num_singles=num_drafts,
+        samples=samples,
+    )
+
+
+def pack(spans: Sequence[Span], *, block_size: int, device: torch.device) -> Batch:
+    """Lists first, then one copy per tensor."""
     token_ids: list[int] = []
     positions: list[int] = []
+    slots: list[int] = []
     sample_rows: list[int] = []
-    for item in plan:
-        start = item.request.num_computed_tokens
-        token_ids += item.request.tokens(start, item.context_len)
-        positions += range(start, item.context_len)
-        if item.samples:
-            sample_rows += [len(token_ids) - 1] * len(item.request.samplers)
-    num_groups = len(plan[0].request.block_tables)
+    for span in spans:
+        sample_rows += [len(token_ids) + sample for sample in span.samples]
+        token_ids += span.token_ids
+        of_span = range(span.start, span.start + len(span.token_ids))
+        positions += of_span
+        slots += [
+            span.table[position // block_size] * block_size + position % block_size for position in of_span
+        ]
     return Batch(
         token_ids=_padded(token_ids, device),
         positions=_padded(positions, device),
-        groups=[_group_batch(plan, group, block_size, device) for group in range(num_groups)],
+        slot_mapping=torch.tensor(slots, dtype=torch.int64, device=device),
+        attention=_attention(spans, block_size, device),
         sample_rows=_padded(sample_rows, device),
         num_samples=len(sample_rows),
     )
 
 
-def _group_batch(plan: Sequence[Scheduled], group: int, block_size: int, device: torch.device) -> GroupBatch:
-    tables = [item.request.block_tables[group] for item in plan]
-    slots: list[int] = []
-    for item, table in zip(plan, tables, strict=True):
-        positions = range(item.request.num_computed_tokens, item.context_len)
-        slots += [
-            table[position // block_size] * block_size + position % block_size for position in positions
-        ]
-    return GroupBatch(
-        slot_mapping=torch.tensor(slots, dtype=torch.int64, device=device),
-        attention=AttentionBatch(
-            query_lens=[item.query_len for item in plan],
-            context_lens=[item.context_len for item in plan],
-            block_tables=tables,
-            block_size=block_size,
-            device=device,
-        ),
+def _attention(spans: Sequence[Span], block_size: int, device: torch.device) -> AttentionBatch:
+    query_lens: list[int] = []
+    context_lens: list[int] = []
+    tables: list[Sequence[int]] = []
+    for span in spans:
+        end = span.start + len(span.token_ids)
+        lens = [len(span.token_ids) - span.num_singles, *[1] * span.num_singles]
+        query_lens += lens
+        context_lens += range(end - span.num_singles, end + 1)
+        tables += [span.table] * len(lens)
+    return AttentionBatch(
+        query_lens=query_lens,
+        context_lens=context_lens,
+        block_tables=tables,
+        block_size=block_size,
+        device=device,
     )
 
 

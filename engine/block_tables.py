@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Sequence
 
 from engine.block_keys import KeyFunction, no_keys
 from engine.block_pool import BlockPool
+from engine.draft_coverage import DraftCoverage
 from engine.outputs import PrefixCacheStats
 from engine.radix_cache import BlockIds, RadixCache
 from engine.request import Request
@@ -44,6 +45,7 @@ class BlockTables:
         self.stats = PrefixCacheStats()
         self._keys = keys
         self._cache = RadixCache()
+        self.draft_coverage = DraftCoverage(block_size)
         self._copy_blocks = copy_blocks
         self._copies: list[list[tuple[int, int]]] = [[] for _ in self.pools]
 
@@ -90,6 +92,7 @@ class BlockTables:
             pool.share(table)
         request.num_published_blocks = len(found)
         request.num_cached_tokens = request.num_computed_tokens = len(found) * self.block_size
+        self.draft_coverage.enter(request, [block_ids[0] for block_ids in found])
         self.stats.queries += request.num_tokens
         self.stats.hits += request.num_cached_tokens
         self.grow(request, request.num_tokens)
@@ -136,7 +139,7 @@ class BlockTables:
         """
         keys = self._keys(request, request.num_computed_tokens // self.block_size)
         if request.num_published_blocks > 0 and self._last_published(request) not in self._cache:
-            request.num_published_blocks = 0
+            request.num_published_blocks = request.num_draft_published_blocks = 0
         for position in range(request.num_published_blocks, len(keys)):
             own = tuple(table[position] for table in request.block_tables)
             above = self._last_published(request) if position else None
@@ -144,10 +147,11 @@ class BlockTables:
             if known == own:
                 self._keep(known)
             elif known is None or request.prefill_only:
-                return
+                break
             else:
                 self._exchange(request, position, known)
             request.num_published_blocks += 1
+        self.draft_coverage.publish(request)
 
     def free(self, request: Request) -> None:
         """Take all blocks back; what is not published is gone."""
@@ -155,6 +159,7 @@ class BlockTables:
             pool.free(reversed(table))
         request.block_tables = []
         request.num_computed_tokens = request.num_published_blocks = 0
+        request.num_draft_computed_tokens = request.num_draft_published_blocks = 0
 
     def retract(self, request: Request) -> None:
         """The KV of a request is bad: forget every sequence that starts with its first block.
@@ -164,7 +169,7 @@ class BlockTables:
         if request.num_published_blocks > 0 and request.block_tables[0][0] in self._cache:
             for block_ids in self._cache.remove_family(request.block_tables[0][0]):
                 self._drop(block_ids)
-        request.num_published_blocks = 0
+        request.num_published_blocks = request.num_draft_published_blocks = 0
 
     def _match(self, request: Request, max_tokens: int) -> list[BlockIds]:
         # Log-probabilities of a prompt need the logits of all of its positions.
@@ -180,6 +185,7 @@ class BlockTables:
             pool.share([block_id])
             pool.free([table[position]])
             table[position] = block_id
+        self.draft_coverage.exchange(request, position, known[0])
 
     def _make_room(self, num_blocks: int) -> None:
         """Free idle blocks, oldest first, until so many are free in every group."""
@@ -192,6 +198,7 @@ class BlockTables:
             pool.keep(block_id)
 
     def _drop(self, block_ids: BlockIds) -> None:
+        self.draft_coverage.drop(block_ids[0])
         for pool, block_id in zip(self.pools, block_ids, strict=True):
             pool.drop(block_id)
 
@@ -206,6 +213,7 @@ class BlockTables:
             assert counts == [held[block_id] for block_id in range(pool.num_blocks)], "leaked or stolen"
             assert len(pool.kept()) == len(self._cache)
         self._cache.check()
+        assert self.draft_coverage.block_ids <= self.pools[0].kept()
         assert all(block_id in self._cache for block_id in self.pools[0].kept())
         for above, below in self._cache.links():
             assert self.pools[0].ref_count(above) >= self.pools[0].ref_count(below)

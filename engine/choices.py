@@ -44,6 +44,8 @@ def share_blocks(tables: BlockTables, source: Request, target: Request) -> None:
     target.num_computed_tokens = source.num_computed_tokens
     target.num_cached_tokens = source.num_cached_tokens
     target.num_published_blocks = source.num_published_blocks
+    target.num_draft_computed_tokens = source.num_draft_computed_tokens
+    target.num_draft_published_blocks = source.num_draft_published_blocks
     target.block_keys = list(source.block_keys)
 
 

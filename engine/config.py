@@ -1,12 +1,17 @@
 """What the operator sets for one engine."""
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 from engine.policy import PolicyName
 from engine.preemption import PreemptionChoice
 
 DType = Literal["auto", "float32", "bfloat16", "float16"]
+Speculative = Literal["off", "ngram", "draft"]
+DraftAcceptance = Literal["coupled", "rejection"]
+
+MAX_DRAFT_TOKENS = 64
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,6 +38,14 @@ class EngineConfig:
     """What becomes of a running request whose blocks are taken."""
     swap_space_bytes: int = 1 << 30
     """Host memory for the KV of preempted requests; 0: none."""
+    speculative: Speculative = "off"
+    """Who guesses the next tokens: nobody, the sequence itself, or a draft model."""
+    draft_model: Path | None = None
+    """Checkpoint of the draft model, which has the target's vocabulary."""
+    num_draft_tokens: int | None = None
+    """Draft tokens per request and step; None: as many as pay, by acceptance rate and measured cost."""
+    draft_acceptance: DraftAcceptance = "coupled"
+    """"coupled": token by token the output without speculation. "rejection": exact in distribution only."""
     dtype: DType = "auto"
     """Of weights and KV. "auto": the checkpoint's on a GPU, float32 on a CPU, where exactness is defined."""
     device: str = "cpu"
@@ -48,5 +61,11 @@ class EngineConfig:
                 raise ValueError(f"{field} must be at least 1 or unset, got {value}")
         if self.swap_space_bytes < 0:
             raise ValueError(f"swap_space_bytes must be at least 0, got {self.swap_space_bytes}")
+        if self.num_draft_tokens is not None and not 0 <= self.num_draft_tokens <= MAX_DRAFT_TOKENS:
+            raise ValueError(
+                f"num_draft_tokens must be in [0, {MAX_DRAFT_TOKENS}], got {self.num_draft_tokens}"
+            )
+        if (self.speculative == "draft") != (self.draft_model is not None):
+            raise ValueError("speculative draft and a draft_model go together")
         if self.dtype not in ("auto", "float32", "bfloat16", "float16"):
             raise ValueError(f"dtype must be auto, float32, bfloat16 or float16, got {self.dtype!r}")

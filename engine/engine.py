@@ -4,7 +4,7 @@ On a co-located or decode worker requests come by `submit` or by `reserve` and `
 they come by `submit` with `prefill_only` and stay until `release`.
 """
 
-from collections.abc import Hashable, Iterator, Mapping
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from itertools import chain
 
 from engine.beams import Beams, check_room, prepare
@@ -21,6 +21,7 @@ from engine.request import FinishReason, Request, RequestState, TokenLogprob
 from engine.runner import Runner
 from engine.sampler import Sample
 from engine.scheduler import Scheduler
+from engine.speculative.speculation import SpeculationStats
 from engine.structured import Grammars
 from runtime.errors import ContextLengthExceeded, InvalidRequest
 
@@ -33,6 +34,12 @@ class Engine:
         self.model = model
         self.facts = model.facts
         self.kv_cache = KvCache(config, model.facts)
+        self.grammars = Grammars(
+            model.path / "tokenizer.json",
+            vocab_size=model.facts.vocab_size,
+            eos_token_ids=model.facts.eos_token_ids,
+        )
+        self._runner = Runner(config, model, self.kv_cache, self.grammars)
         self._scheduler = Scheduler(
             self.kv_cache.tables,
             max_num_seqs=config.max_num_seqs,
@@ -40,14 +47,9 @@ class Engine:
             policy=make_policy(config.scheduling_policy),
             preemption=config.preemption_mode,
             swap_space=self.kv_cache.swap_space,
+            extend=self._runner.speculation.extend,
         )
         self._beams = Beams(self._scheduler)
-        self.grammars = Grammars(
-            model.path / "tokenizer.json",
-            vocab_size=model.facts.vocab_size,
-            eos_token_ids=model.facts.eos_token_ids,
-        )
-        self._runner = Runner(model, self.kv_cache, self.grammars)
 
     def enter(self, request: Request) -> None:
         """Give a request that will be reserved its place in the order of requests: its `rank`."""
@@ -128,6 +130,11 @@ class Engine:
         )
 
     @property
+    def speculation_stats(self) -> SpeculationStats:
+        """Counts that go on counting; any thread may read them."""
+        return self._runner.speculation.stats
+
+    @property
     def prefix_cache_stats(self) -> PrefixCacheStats:
         """Counts that go on counting; any thread may read them."""
         return self.kv_cache.tables.stats
@@ -187,25 +194,46 @@ class Engine:
                 finish_reason=FinishReason.ERROR,
                 error=sample.error,
             )
-        request.output_token_ids.append(sample.token_id)
-        reason, stop_token_id = judge(
-            request,
-            self.facts.eos_token_ids,
-            self.facts.max_model_len,
-            is_complete=self._is_complete(request),
-        )
+        taken, reason, stop_token_id = self._extend(request, sample)
         if reason is not None:
             self._retire(request)
         return StepOutput(
             request=request,
             choice=request.choice,
             start_index=start_index,
-            token_ids=(sample.token_id,),
-            logprobs=None if sample.logprob is None else (sample.logprob,),
+            token_ids=tuple(each.token_id for each in taken),
+            logprobs=_logprobs(taken),
             prompt_logprobs=_take_prompt_logprobs(request.leader or request),
             finish_reason=reason,
             stop_token_id=stop_token_id,
+            num_draft_tokens=sample.num_draft_tokens,
         )
+
+    def _extend(
+        self, request: Request, sample: Sample
+    ) -> tuple[list[Sample], FinishReason | None, int | None]:
+        """Append tokens up to the first that ends the request: (those, finish reason, stop token id).
+
+        Every token but the last was computed in this step, as a draft token that was accepted. A grammar can
+        be complete behind the last sample only, or it would not have been sampled.
+        """
+        taken: list[Sample] = []
+        samples = (sample, *sample.then)
+        for each in samples:
+            request.num_computed_tokens += len(taken) > 0
+            request.output_token_ids.append(each.token_id)
+            taken.append(each)
+            reason, stop_token_id = judge(
+                request,
+                self.facts.eos_token_ids,
+                self.facts.max_model_len,
+                is_complete=each is samples[-1] and self._is_complete(request),
+            )
+            if reason is not None:
+                break
+        if len(taken) > 1:
+            self.kv_cache.tables.publish(request)
+        return taken, reason, stop_token_id
 
     def _is_complete(self, request: Request) -> bool:
         return request.sampling.grammar is not None and self._runner.sampler.completes(request)
@@ -256,3 +284,8 @@ def _take_prompt_logprobs(request: Request) -> tuple[TokenLogprob, ...] | None:
     """They are reported once."""
     taken, request.prompt_logprobs = request.prompt_logprobs, None
     return None if taken is None else tuple(taken)
+
+
+def _logprobs(samples: Sequence[Sample]) -> tuple[TokenLogprob, ...] | None:
+    found = [sample.logprob for sample in samples if sample.logprob is not None]
+    return tuple(found) or None

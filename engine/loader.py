@@ -1,7 +1,7 @@
 """From a checkpoint directory to a module that runs, and the facts that two workers must share."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -59,9 +59,31 @@ class LoadedModel:
     facts: ModelFacts
     path: Path
     """Directory of the checkpoint."""
+    draft: "LoadedModel | None" = None
+    """The small model that speculates; its KV group is the last one of the facts."""
 
 
 def load_model(path: Path, config: EngineConfig, *, progress: Progress | None = None) -> LoadedModel:
+    """Load a checkpoint, and the draft that the config names; raises CheckpointError or StartupError."""
+    target = load_checkpoint(path, config, progress=progress)
+    if config.draft_model is None:
+        return target
+    draft = load_checkpoint(
+        config.draft_model, replace(config, max_model_len=target.facts.max_model_len), progress=progress
+    )
+    if draft.facts.vocab_size != target.facts.vocab_size:
+        raise StartupError(
+            f"--speculative draft:{config.draft_model}: its vocabulary has {draft.facts.vocab_size} tokens, "
+            f"the model's {target.facts.vocab_size}"
+        )
+    # The name tells two drafts of one shape apart when workers compare their groups.
+    group = replace(draft.facts.kv_groups[0], name=f"draft-{draft.facts.model_hash[:16]}")
+    return replace(
+        target, draft=draft, facts=replace(target.facts, kv_groups=(*target.facts.kv_groups, group))
+    )
+
+
+def load_checkpoint(path: Path, config: EngineConfig, *, progress: Progress | None = None) -> LoadedModel:
     """Load a Hugging Face checkpoint of the Llama family; raises CheckpointError or StartupError."""
     model_config, raw_config = read_config(path)
     max_model_len = _max_model_len(model_config, config)

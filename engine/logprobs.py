@@ -65,7 +65,7 @@ def _with_first_rows(plan: Sequence[Scheduled]) -> Iterator[tuple[int, Scheduled
     for item in plan:
         if item.request.prompt_logprobs is not None:
             yield first, item
-        first += item.query_len
+        first += item.num_rows
 
 
 def _prompt_rows(item: Scheduled, first: int) -> Iterator[PromptRow]:

@@ -21,6 +21,8 @@ class StepOutput:
     """One per token; None if the request asked for none."""
     prompt_logprobs: tuple[TokenLogprob, ...] | None = None
     """With the first output after the prompt was computed, if the request asked for them."""
+    num_draft_tokens: int = 0
+    """Draft tokens that were judged; all of `token_ids` but the last one were accepted."""
     finish_reason: FinishReason | None = None
     stop_token_id: int | None = None
     """The token that ended the request, if one did; it is the last of `token_ids`."""

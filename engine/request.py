@@ -185,6 +185,8 @@ class Request:
     """Leading tokens whose KV lies in this request's blocks, or in host memory while it is SWAPPED."""
     num_cached_tokens: int = 0
     """Of these, found in a prefix cache when the blocks were allocated."""
+    num_draft_computed_tokens: int = 0
+    """Leading tokens whose KV of the draft model, if there is one, lies in this request's blocks."""
     forks: list["Request"] = field(default_factory=list)
     """Choices that go on from this prompt, by choice or beam; `engine.choices` makes them."""
     leader: "Request | None" = None
@@ -195,6 +197,8 @@ class Request:
     """Block ids in token order, one list per KV group; empty while no blocks are held."""
     num_published_blocks: int = 0
     """Leading blocks of the tables that the prefix cache knows, or knew until a fault was found."""
+    num_draft_published_blocks: int = 0
+    """Of these, known to hold the draft's KV too."""
     block_keys: list[BlockKey] = field(default_factory=list)
     """Content keys of leading full blocks, as far as they were asked for."""
     state: RequestState = RequestState.NEW

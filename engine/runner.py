@@ -1,38 +1,43 @@
-"""Runs a plan: one packed forward pass and one pass of the sampler. No policy."""
-
-from collections.abc import Sequence
+"""Runs a plan: drafts if there are any, one packed forward pass, one pass of the sampler. No policy."""
 
 import torch
 
 from engine.batch import build_batch
+from engine.config import EngineConfig
 from engine.kv_cache import KvCache
 from engine.loader import LoadedModel
 from engine.logprobs import record_prompt_logprobs
 from engine.plan import Scheduled
 from engine.sampler import Sample, Sampler
+from engine.speculative.factory import make_speculation
 from engine.structured import Grammars
 
 
 class Runner:
     """The model, its KV cache and its sampler on one device."""
 
-    def __init__(self, model: LoadedModel, kv_cache: KvCache, grammars: Grammars) -> None:
+    def __init__(
+        self, config: EngineConfig, model: LoadedModel, kv_cache: KvCache, grammars: Grammars
+    ) -> None:
         self._module = model.module
         self._kv_cache = kv_cache
         self.sampler = Sampler(model.facts.eos_token_ids, model.facts.vocab_size, grammars)
+        self.speculation = make_speculation(config, model, kv_cache, self.sampler)
 
     @torch.inference_mode()
-    def run(self, plan: Sequence[Scheduled]) -> list[Sample]:
+    def run(self, plan: list[Scheduled]) -> list[Sample]:
         """Compute all scheduled tokens; one sample for each of `Request.samplers`, in plan order."""
+        proposal = self.speculation.propose(plan)
         kv_group = self._kv_cache.groups[0]
-        batch = build_batch(plan, block_size=self._kv_cache.tables.block_size, device=kv_group.device)
-        group = batch.groups[0]
-        hidden = self._module.forward(
-            batch.token_ids, batch.positions, kv_group, group.slot_mapping, group.attention
+        batch = build_batch(
+            proposal.plan, block_size=self._kv_cache.tables.block_size, device=kv_group.device
         )
-        record_prompt_logprobs(plan, hidden, self._module.logits)
-        requests = [sampler for item in plan if item.samples for sampler in item.request.samplers]
-        if not requests:
+        hidden = self._module.forward(
+            batch.token_ids, batch.positions, kv_group, batch.slot_mapping, batch.attention
+        )
+        record_prompt_logprobs(proposal.plan, hidden, self._module.logits)
+        self.speculation.follow(proposal.plan, hidden)
+        if not batch.num_samples:
             return []
         logits = self._module.logits(hidden.index_select(0, batch.sample_rows))
-        return self.sampler.sample(logits[: batch.num_samples], requests)
+        return self.speculation.sample(logits[: batch.num_samples], proposal)

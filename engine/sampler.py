@@ -27,6 +27,10 @@ class Sample:
     token_id: int
     logprob: TokenLogprob | None = None
     error: str | None = None
+    then: tuple["Sample", ...] = ()
+    """What follows at once: one sample behind each draft token that was accepted, none of them an error."""
+    num_draft_tokens: int = 0
+    """Draft tokens that were judged with this row."""
 
 
 NOT_FINITE = "the model gave logits that are not finite"
@@ -46,17 +50,21 @@ class Sampler:
         self._grammars = grammars
         self._states: WeakKeyDictionary[Request, SamplerState] = WeakKeyDictionary()
 
-    def sample(self, logits: Tensor, requests: Sequence[Request]) -> list[Sample]:
+    def sample(
+        self, logits: Tensor, requests: Sequence[Request], ahead: Sequence[int] | None = None
+    ) -> list[Sample]:
         """One sample per row; a row with NaN, only infinities or no token that is allowed fails alone.
 
         logits: fp32 [num_requests, vocab_size] of each request's last token; left as they are.
+        ahead: how many tokens behind its sequence each request's row stands, if any; not for requests that
+        edit logits, whose edits are those of the sequence as it is.
         """
         best = [logits.amax(-1)]
         edited = self._edit(logits, requests)
         if edited is not logits:
             best.append(edited.amax(-1))
-        token_ids = _choose(edited, requests)
-        logprobs = _logprobs(logits, requests, token_ids)
+        token_ids = choose(edited, requests, ahead)
+        logprobs = logprobs_of(logits, requests, token_ids)
         usable = torch.stack(best).isfinite().sum(0)
         chosen = torch.stack((token_ids, usable), dim=1).tolist()
         return [
@@ -90,8 +98,8 @@ class Sampler:
         return state
 
 
-def _choose(logits: Tensor, requests: Sequence[Request]) -> Tensor:
-    """argmax of each row; of those that are not greedy warped, with noise."""
+def choose(logits: Tensor, requests: Sequence[Request], ahead: Sequence[int] | None = None) -> Tensor:
+    """argmax of each row; of those that are not greedy warped, with noise. See `Sampler.sample`."""
     token_ids = logits.argmax(-1)
     random = rows_where(requests, lambda params: not params.greedy)
     if random:
@@ -101,10 +109,15 @@ def _choose(logits: Tensor, requests: Sequence[Request]) -> Tensor:
         token_ids[rows] = ops.sample(
             warped,
             _tensor([request.sampling.seed for request in drawn], logits),
-            _tensor([request.num_tokens for request in drawn], logits),
+            _tensor(_positions(requests, ahead, random), logits),
             _tensor([request.choice for request in drawn], logits),
         )
     return token_ids
+
+
+def _positions(requests: Sequence[Request], ahead: Sequence[int] | None, rows: Sequence[int]) -> list[int]:
+    """Of the tokens that these rows choose."""
+    return [requests[row].num_tokens + (ahead[row] if ahead else 0) for row in rows]
 
 
 def rows_where(requests: Sequence[Request], holds: Callable[[SamplingParams], bool]) -> list[int]:
@@ -112,7 +125,7 @@ def rows_where(requests: Sequence[Request], holds: Callable[[SamplingParams], bo
     return [row for row, request in enumerate(requests) if holds(request.sampling)]
 
 
-def _logprobs(logits: Tensor, requests: Sequence[Request], token_ids: Tensor) -> list[TokenLogprob | None]:
+def logprobs_of(logits: Tensor, requests: Sequence[Request], token_ids: Tensor) -> list[TokenLogprob | None]:
     """Log-probabilities under the untouched logits for the requests that ask for them."""
     found: list[TokenLogprob | None] = [None] * len(requests)
     rows = rows_where(requests, lambda params: params.logprobs is not None)

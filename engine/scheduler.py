@@ -1,7 +1,7 @@
 """The co-located scheduler: a prefill queue and a decode queue over the same blocks."""
 
 import heapq
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from itertools import chain, islice
 
 from engine.block_tables import BlockTables
@@ -14,6 +14,9 @@ from engine.preemption import Preemption, PreemptionChoice
 from engine.prefill_queue import PrefillQueue
 from engine.request import Request, RequestState
 from engine.swap_space import NoMover, SwapSpace
+
+Extend = Callable[[list[Scheduled], BlockTables, int], list[Scheduled]]
+"""Gives decodes slots for draft tokens, from the blocks and the token budget that a step has left."""
 
 
 class Scheduler:
@@ -33,6 +36,7 @@ class Scheduler:
         policy: Policy | None = None,
         preemption: PreemptionChoice = "recompute",
         swap_space: SwapSpace | None = None,
+        extend: Extend | None = None,
     ) -> None:
         self.tables = tables
         self.policy = policy or Fcfs()
@@ -44,6 +48,7 @@ class Scheduler:
         self._preempted: list[Preempted] = []
         self._reserved: set[Request] = set()
         self._token_budget = max_num_batched_tokens
+        self._extend = extend or (lambda decodes, tables, budget: decodes)
         # Never more seats than budget: unless the policy pauses requests, whoever is prefilling takes one of
         # them, so at least one token of every step is left for it.
         self.max_active = min(max_num_seqs, max_num_batched_tokens)
@@ -97,6 +102,8 @@ class Scheduler:
         self._swap_ahead(len(decodes))
         budget, seats = self._token_budget - len(decodes), self.max_active - len(decodes)
         chunks = self.prefill.schedule(budget, seats, self._admit)
+        budget -= sum(chunk.query_len for chunk in chunks)
+        decodes = self._extend(decodes, self.tables, budget)
         self.tables.run_copies()
         return decodes + chunks
 

@@ -43,12 +43,14 @@ class SwapSpace:
     def swap_out(self, request: Request) -> None:
         """Move a request's computed KV to the host and free its blocks; there must be room."""
         num_computed_tokens = request.num_computed_tokens
+        num_draft_computed_tokens = request.num_draft_computed_tokens
         num_blocks = self._tables.blocks_for(num_computed_tokens)
         slots = [self._take() for _ in range(num_blocks)]
         self._mover.store([table[:num_blocks] for table in request.block_tables], slots)
         self._slots[request] = slots
         self._tables.free(request)
         request.num_computed_tokens = num_computed_tokens
+        request.num_draft_computed_tokens = num_draft_computed_tokens
 
     def swap_in(self, request: Request) -> None:
         """Give the request blocks for all its tokens and its KV back; their cost must be free.
@@ -56,11 +58,13 @@ class SwapSpace:
         What the prefix cache still has of it is not copied.
         """
         num_computed_tokens = request.num_computed_tokens
+        num_draft_computed_tokens = request.num_draft_computed_tokens
         self._tables.admit(request, num_computed_tokens)
         kept = self._tables.blocks_for(request.num_computed_tokens)
         slots = self._slots[request]
         self._mover.load(slots[kept:], [table[kept : len(slots)] for table in request.block_tables])
         request.num_computed_tokens = num_computed_tokens
+        self._tables.draft_coverage.arrive(request, num_draft_computed_tokens)
         self.drop(request)
 
     def drop(self, request: Request) -> None:

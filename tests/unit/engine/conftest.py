@@ -101,11 +101,29 @@ class CheckedEngine(Engine):
         return [request.output_token_ids for request in requests]
 
 
+@pytest.fixture(scope="session")
+def draft_checkpoint(checkpoint, tmp_path_factory) -> Path:
+    """The first layer of the tiny checkpoint alone: it often agrees with both layers, and often not."""
+    path = tmp_path_factory.mktemp("draft")
+    (path / "config.json").write_text(json.dumps({**TINY, "num_hidden_layers": 1}))
+    tensors = random_tensors(checkpoint)
+    save_file({name: each for name, each in tensors.items() if ".1." not in name}, path / "model.safetensors")
+    return path
+
+
+@pytest.fixture(scope="session")
+def drafted_model(checkpoint, draft_checkpoint):
+    return load_model(checkpoint, EngineConfig(speculative="draft", draft_model=draft_checkpoint))
+
+
 @pytest.fixture
-def make_engine(tiny_model):
+def make_engine(tiny_model, drafted_model, draft_checkpoint):
     def make(**overrides):
         settings = {"num_blocks": 64, "block_size": 4, **overrides}
-        engine = CheckedEngine(EngineConfig(**settings), tiny_model)
+        if settings.get("speculative") == "draft":
+            settings["draft_model"] = draft_checkpoint
+        model = drafted_model if settings.get("speculative") == "draft" else tiny_model
+        engine = CheckedEngine(EngineConfig(**settings), model)
         for group in engine.kv_cache.groups:
             group.fill_(torch.nan)
         return engine

@@ -1,0 +1,48 @@
+"""The speculation that an engine's config asks for."""
+
+from engine.config import EngineConfig
+from engine.kv_cache import KvCache
+from engine.loader import LoadedModel
+from engine.sampler import Sampler
+from engine.speculative.costs import CostTable
+from engine.speculative.draft_model import DraftModel
+from engine.speculative.lengths import AdaptiveLengths, FixedLengths, Lengths
+from engine.speculative.ngram import NgramProposer
+from engine.speculative.proposer import Proposer
+from engine.speculative.speculation import DraftAndVerify, NoSpeculation, Speculation
+from engine.speculative.verifier import Verifier
+
+
+def make_speculation(
+    config: EngineConfig, model: LoadedModel, kv_cache: KvCache, sampler: Sampler
+) -> Speculation:
+    """Proposer, verifier and policy of draft lengths; `model.draft` is loaded if one is asked for."""
+    if config.speculative == "off":
+        return NoSpeculation(sampler)
+    draft_costs = CostTable()
+    by_rejection = config.draft_acceptance == "rejection"
+    if config.speculative == "ngram":
+        proposer: Proposer = NgramProposer()
+    else:
+        assert model.draft is not None
+        proposer = DraftModel(model.draft.module, kv_cache, by_rejection=by_rejection, costs=draft_costs)
+    return speculation_with(proposer, config, sampler, draft_costs, max_model_len=model.facts.max_model_len)
+
+
+def speculation_with(
+    proposer: Proposer,
+    config: EngineConfig,
+    sampler: Sampler,
+    draft_costs: CostTable,
+    *,
+    max_model_len: int,
+) -> Speculation:
+    """Speculation with any proposer; its passes are measured in `draft_costs`."""
+    target_costs = CostTable()
+    lengths: Lengths
+    if config.num_draft_tokens is None:
+        lengths = AdaptiveLengths(target_costs, draft_costs, max_draft_tokens=proposer.max_draft_tokens)
+    else:
+        lengths = FixedLengths(config.num_draft_tokens)
+    verifier = Verifier(sampler, by_rejection=config.draft_acceptance == "rejection")
+    return DraftAndVerify(proposer, verifier, lengths, target_costs=target_costs, max_model_len=max_model_len)
