@@ -17,11 +17,13 @@ from dataclasses import dataclass, field, replace
 from gateway.admission import Admission
 from gateway.fleet import Fleet
 from gateway.grammar_check import GrammarCheck
-from gateway.metrics import GatewayMetrics, RequestMeter, outcome_of
+from gateway.metrics import GatewayMetrics, RequestMeter
 from gateway.model import ServedModel
 from gateway.output import Delta, TextOutput
 from gateway.prompts import Messages, bad_word_token_ids, tokenize
 from gateway.run import Prepared, RequestRun
+from gateway.telemetry import Telemetry
+from gateway.tracing import Origin, RequestTrace
 from gateway.validation import (
     ModelLimits,
     check_cache_salt,
@@ -57,10 +59,10 @@ class Generation:
     """For an unset max_tokens; None: what the context leaves."""
     names: Mapping[str, str] = field(default_factory=dict)
     """What the client calls fields of SamplingParams, where it differs."""
-    traceparent: str = ""
-    """W3C trace context; may be empty."""
     cache_salt: str = ""
     """Requests share cached KV only with requests of the same salt."""
+    origin: Origin = field(default_factory=Origin)
+    """How it came in, for its trace."""
 
 
 @dataclass(eq=False)
@@ -73,6 +75,7 @@ class Live:
     """Names it to the client."""
     arrived_s: float
     """On the flow's clock."""
+    trace: RequestTrace
     stopped: TandemError | None = None
     """Set when it was aborted or the drain gave it up."""
     run: RequestRun | None = None
@@ -88,6 +91,7 @@ class Flow:
         fleet: Fleet,
         metrics: GatewayMetrics,
         grammars: GrammarCheck,
+        telemetry: Telemetry,
         *,
         max_concurrent_requests: int,
         max_waiting_requests: int,
@@ -99,6 +103,7 @@ class Flow:
         self.draining = False
         self._metrics = metrics
         self._grammars = grammars
+        self._telemetry = telemetry
         # For measuring: uvloop's own time has a resolution of 1 ms.
         self._clock = SystemClock()
         self._admission = Admission(max_concurrent_requests, max_waiting_requests)
@@ -136,12 +141,14 @@ class Flow:
 
     async def stream(self, asked: Generation) -> AsyncGenerator[Delta, None]:
         """Deltas of one request; TandemError if it cannot be served. Close it to cancel the request."""
-        with self._entered(asked.request_id) as live:
+        with self._entered(asked) as live:
             request = await self._prepare(asked, live)
             queued_s = self._clock.now()
             left_s = request.deadline - asyncio.get_running_loop().time()
             async with self._admission.slot(live.number, left_s):
-                self._metrics.queue_time.observe(self._clock.now() - queued_s)
+                admitted_s = self._clock.now()
+                self._metrics.queue_time.observe(admitted_s - queued_s)
+                live.trace.admitted(queued_s, admitted_s)
                 async with aclosing(self._run(request, live)) as deltas:
                     async for delta in deltas:
                         yield delta
@@ -173,32 +180,36 @@ class Flow:
             live.run.interrupt(error)
 
     @contextmanager
-    def _entered(self, request_id: str) -> Iterator[Live]:
+    def _entered(self, asked: Generation) -> Iterator[Live]:
         """The request under its id; its outcome is counted at the end."""
         error: BaseException | None = None
         live: Live | None = None
         try:
-            live = self._enter(request_id or secrets.token_hex(16))
+            live = self._enter(asked.request_id or secrets.token_hex(16), asked.origin)
             yield live
         except BaseException as raised:
             error = raised
             raise
         finally:
             if live is not None:
-                self._leave(live)
-            self._metrics.requests.labels(outcome_of(error or (live.stopped if live else None))).inc()
+                error = error or live.stopped
+                self._leave(live, error)
+            self._metrics.ended(error)
 
-    def _enter(self, request_id: str) -> Live:
+    def _enter(self, request_id: str, origin: Origin) -> Live:
         if self.draining:
             raise _shutting_down()
         if request_id in self._live:
             raise AlreadyExists(f"a live request has the id {request_id!r}", field="request_id")
-        live = Live(next(self._numbers), request_id, self._clock.now())
+        now_s = self._clock.now()
+        trace = self._telemetry.start(origin, arrived_s=now_s, request_id=request_id, model=self.model.name)
+        live = Live(next(self._numbers), request_id, now_s, trace)
         self._live[request_id] = live
         self._idle.clear()
         return live
 
-    def _leave(self, live: Live) -> None:
+    def _leave(self, live: Live, error: BaseException | None) -> None:
+        self._telemetry.end(live.trace, self._clock.now(), error)
         del self._live[live.request_id]
         if not self._live:
             self._idle.set()
@@ -210,7 +221,9 @@ class Flow:
         if isinstance(prompt, list):
             token_ids = prompt
         else:
+            start_s = self._clock.now()
             token_ids = await tokenize(self.model, prompt, max_tokens=limits.max_model_len)
+            live.trace.tokenized(start_s, prompt, len(token_ids))
         check_prompt(token_ids, limits)
         check_cache_salt(asked.cache_salt)
         sampling = complete_sampling(
@@ -222,6 +235,7 @@ class Flow:
             names=asked.names,
         )
         await self._check_grammar(sampling.structured_output, asked.names)
+        live.trace.asked(asked.sampling)
         left_s = live.arrived_s + min(asked.timeout_s, self._request_timeout_s) - self._clock.now()
         return Prepared(
             number=live.number,
@@ -230,9 +244,9 @@ class Flow:
             sampling=sampling,
             bad_words=bad_word_token_ids(self.model.tokenizer, sampling.bad_words),
             deadline=asyncio.get_running_loop().time() + left_s,
-            traceparent=asked.traceparent,
             priority=asked.priority,
             cache_salt=asked.cache_salt,
+            traceparent=live.trace.traceparent,
         )
 
     async def _check_grammar(self, output: pb.StructuredOutput, names: Mapping[str, str]) -> None:
@@ -251,15 +265,20 @@ class Flow:
             TextOutput(self.model.tokenizer.vocabulary, request.sampling, eos_ids),
             self.fleet,
             self._metrics,
+            live.trace,
             local_prefill_threshold=self._local_prefill_threshold,
         )
         if live.stopped is not None:
             live.run.interrupt(live.stopped)
-        meter = RequestMeter(self._metrics, live.arrived_s, len(request.prompt_token_ids))
+        meter = RequestMeter(
+            self._metrics, live.arrived_s, len(request.prompt_token_ids), live.trace.exemplar
+        )
         prompt_token_ids = request.prompt_token_ids
         async with aclosing(live.run.deltas()) as deltas:
             async for delta in deltas:
-                meter.on_tokens(self._clock.now(), len(delta.token_ids))
+                now_s = self._clock.now()
+                meter.on_tokens(now_s, len(delta.token_ids))
+                live.trace.on_delta(now_s, delta)
                 if prompt_token_ids:
                     found = live.run.prompt_logprobs.found
                     delta = replace(delta, prompt_token_ids=prompt_token_ids, prompt_logprobs=found)

@@ -26,6 +26,7 @@ from gateway.flow import Flow, Generation
 from gateway.openai_answer import Answer, join
 from gateway.output import Delta
 from gateway.prompts import tokenize
+from gateway.tracing import Origin
 from gateway.validation import check_prompt
 from runtime.admin_http import json_response
 from runtime.errors import Internal, InvalidRequest, TandemError
@@ -130,7 +131,13 @@ def _generation(request: Request, asked: openai.ApiRequest, request_id: str) -> 
         default_max_tokens=asked.default_max_tokens,
         names=asked.names,
         cache_salt=asked.cache_salt,
-        traceparent=request.headers.get("traceparent", "")[:256],
+        origin=Origin(
+            operation="chat" if asked.kind == "chat" else "text_completion",
+            method=request.url.path,
+            is_http=True,
+            stream=asked.stream,
+            traceparent=request.headers.get("traceparent", "")[:256],
+        ),
     )
 
 

@@ -26,19 +26,18 @@ from gateway.metrics import GatewayMetrics
 from gateway.model import ServedModel, load_model
 from gateway.registry import Registry
 from gateway.registry_service import RegistryServicer
-from gateway.service import InferenceServicer
-from protos.tandem.v1 import inference_pb2, inference_pb2_grpc, registry_pb2_grpc
+from gateway.service import SERVICE, InferenceServicer
+from gateway.telemetry import Telemetry, from_environment
+from protos.tandem.v1 import inference_pb2_grpc, registry_pb2_grpc
 from runtime import rpc
 from runtime.admin_http import HttpServer, admin_routes, bind
 from runtime.checkpoint_dir import resolve
 from runtime.clock import SystemClock
-from runtime.lifecycle import Shutdown
+from runtime.lifecycle import Shutdown, watch_lag
 from runtime.limits import DRAIN_TIMEOUT_S
 from runtime.settings import GatewaySettings
 
 logger = logging.getLogger(__name__)
-
-SERVICE = inference_pb2.DESCRIPTOR.services_by_name["InferenceService"].full_name
 
 INTERNAL_MESSAGE_BYTES = 1024 * 1024
 
@@ -52,10 +51,13 @@ CLOSE_GRACE_S = 2.0
 class Gateway:
     """Everything that one gateway process serves."""
 
-    def __init__(self, settings: GatewaySettings, model: ServedModel) -> None:
+    def __init__(
+        self, settings: GatewaySettings, model: ServedModel, telemetry: Telemetry | None = None
+    ) -> None:
         self._settings = settings
         self.metrics = GatewayMetrics()
         gateway_id = f"gateway-{secrets.token_hex(4)}"
+        self.telemetry = telemetry or from_environment(gateway_id)
         self.fleet = Fleet(Registry(SystemClock(), model.tokenizer_hash), gateway_id, self.metrics)
         self._grammars = GrammarCheck(model.root / "tokenizer.json", model.limits.vocab_size)
         self.flow = Flow(
@@ -63,6 +65,7 @@ class Gateway:
             self.fleet,
             self.metrics,
             self._grammars,
+            self.telemetry,
             max_concurrent_requests=settings.max_concurrent_requests,
             max_waiting_requests=settings.max_waiting_requests,
             request_timeout_s=settings.request_timeout_s,
@@ -106,6 +109,7 @@ class Gateway:
         async with asyncio.TaskGroup() as tasks:
             fleet = tasks.create_task(self.fleet.run())
             health_watch = tasks.create_task(self._watch_health())
+            lag_watch = tasks.create_task(watch_lag(self.metrics.loop_lag.observe))
             http = tasks.create_task(self._http.serve(sockets=[self._socket]))
             await self._internal.start()
             await self._public.start()
@@ -115,6 +119,7 @@ class Gateway:
                 self._http.should_exit = True
                 await asyncio.gather(self._public.stop(CLOSE_GRACE_S), http)
                 health_watch.cancel()
+                lag_watch.cancel()
                 fleet.cancel()
                 await self._internal.stop(0)
                 await self._grammars.close()
@@ -182,3 +187,4 @@ async def serve(settings: GatewaySettings, shutdown: Shutdown) -> None:
         logger.info("serving %s from %s", model.name, model.root)
         await shutdown.requested.wait()
         await gateway.drain(DRAIN_TIMEOUT_S)
+    await gateway.telemetry.close()

@@ -2,8 +2,9 @@
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
+from gateway.attempt import Failed
 from runtime import errors
-from runtime.metrics import DURATION_BUCKETS, PREFIX, TOKEN_BUCKETS, TTFT_BUCKETS
+from runtime.metrics import DURATION_BUCKETS, LAG_BUCKETS, PREFIX, TOKEN_BUCKETS, TTFT_BUCKETS
 
 OUTCOMES: dict[str, str] = {
     "INVALID_ARGUMENT": "invalid",
@@ -50,9 +51,38 @@ class GatewayMetrics:
         self.generation_tokens = self._counter("generation_tokens", "Tokens sent to clients")
         self.requests = self._counter("requests", "Requests by how they ended", "outcome")
         self.attempts = self._counter("request_attempts", "Attempts started on workers")
+        self.retries = self._counter(
+            "request_retries", "Attempts that failed and were followed by another", "role", "cause"
+        )
+        self.migrations = self._counter(
+            "request_migrations", "Retries of requests whose client had tokens already"
+        )
+        self.sheds = self._counter("requests_shed", "Requests refused because a queue was full")
         self.dropped_frames = self._counter("dropped_frames", "Token frames of attempts that were over")
+        self.time_per_output_token = self._histogram(
+            "time_per_output_token_seconds",
+            "Time from the first to the last token, per token after the first",
+            TOKEN_BUCKETS,
+        )
+        self.loop_lag = self._histogram(
+            "event_loop_lag_seconds", "How late the event loop runs what is due", LAG_BUCKETS
+        )
         self.running = self._gauge("num_requests_running", "Requests in flight at the gateway")
         self.waiting = self._gauge("num_requests_waiting", "Requests that wait for admission at the gateway")
+
+    def attempt_failed(self, failed: Failed, num_emitted: int) -> None:
+        """Another attempt follows, behind `num_emitted` tokens."""
+        cause = "lost" if failed.worker_lost else "refused"
+        self.retries.labels(failed.source.value, cause).inc()
+        if num_emitted:
+            self.migrations.inc()
+
+    def ended(self, error: BaseException | None) -> None:
+        """Count how a request ended."""
+        outcome = outcome_of(error)
+        self.requests.labels(outcome).inc()
+        if outcome == "overloaded":
+            self.sheds.inc()
 
     def _histogram(self, name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
         return Histogram(PREFIX + name, text, buckets=buckets, registry=self.registry)
@@ -67,9 +97,18 @@ class GatewayMetrics:
 class RequestMeter:
     """Latencies of one request. Tokens that come together share the gap before them."""
 
-    def __init__(self, metrics: GatewayMetrics, arrived_s: float, num_prompt_tokens: int) -> None:
+    def __init__(
+        self,
+        metrics: GatewayMetrics,
+        arrived_s: float,
+        num_prompt_tokens: int,
+        exemplar: dict[str, str] | None = None,
+    ) -> None:
         self._metrics = metrics
         self._arrived_s = arrived_s
+        self._exemplar = exemplar
+        self._first_s: float | None = None
+        self._num_tokens = 0
         self._last_s: float | None = None
         metrics.prompt_tokens.inc(num_prompt_tokens)
 
@@ -79,12 +118,16 @@ class RequestMeter:
             return
         self._metrics.generation_tokens.inc(num_tokens)
         if self._last_s is None:
-            self._metrics.time_to_first_token.observe(now_s - self._arrived_s)
+            self._first_s = now_s
+            self._metrics.time_to_first_token.observe(now_s - self._arrived_s, self._exemplar)
         else:
             for _ in range(num_tokens):
                 self._metrics.inter_token_latency.observe((now_s - self._last_s) / num_tokens)
         self._last_s = now_s
+        self._num_tokens += num_tokens
 
     def on_end(self, now_s: float) -> None:
         """The last token was sent."""
-        self._metrics.e2e_latency.observe(now_s - self._arrived_s)
+        self._metrics.e2e_latency.observe(now_s - self._arrived_s, self._exemplar)
+        if self._first_s is not None and self._num_tokens > 1:
+            self._metrics.time_per_output_token.observe((now_s - self._first_s) / (self._num_tokens - 1))

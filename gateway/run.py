@@ -23,7 +23,9 @@ from gateway.output import Delta, TextOutput
 from gateway.prefix_index import Chain
 from gateway.prompt_logprobs import PromptLogprobs
 from gateway.router import Route, choose
+from gateway.tracing import RequestTrace
 from protos.tandem.v1 import common_pb2 as pb
+from runtime.clock import SystemClock
 from runtime.errors import Cancelled, DeadlineExceeded, Preempted, TandemError, Unavailable
 
 logger = logging.getLogger(__name__)
@@ -70,6 +72,7 @@ class RequestRun:
         output: TextOutput,
         fleet: Fleet,
         metrics: GatewayMetrics,
+        trace: RequestTrace,
         *,
         local_prefill_threshold: int,
     ) -> None:
@@ -77,6 +80,9 @@ class RequestRun:
         self._output = output
         self._fleet = fleet
         self._metrics = metrics
+        self._trace = trace
+        # As in `flow`: the loop's own time is too coarse to measure with.
+        self._clock = SystemClock()
         self._local_prefill_threshold = local_prefill_threshold
         self._progress = Progress()
         self._inbox = Inbox()
@@ -102,6 +108,7 @@ class RequestRun:
     async def _all_attempts(self) -> AsyncGenerator[Delta, None]:
         last = None
         while last is None:
+            start_s = self._clock.now()
             prefix = self._prefix()
             route = await self._route(prefix)
             attempt = self._progress.begin(split=route.prefill is not None)
@@ -109,6 +116,7 @@ class RequestRun:
             self._metrics.attempts.inc()
             try:
                 self._submit(route, prefix)
+                self._trace.routed(start_s, attempt, route)
                 while (delta := await self._next_delta()) is not None:
                     if delta.finish_reason is not None:
                         last = delta
@@ -256,6 +264,8 @@ class RequestRun:
         if not failed.error.retryable or self._num_failures >= MAX_ATTEMPTS:
             raise failed.error
         culprit = route.prefill if failed.source is Source.PREFILL else route.decode
+        self._metrics.attempt_failed(failed, len(self._progress.emitted))
+        self._trace.attempt_failed(self._progress.attempt, failed, culprit, len(self._progress.emitted))
         logger.info(
             "attempt %d failed on %s: %s",
             self._progress.attempt,

@@ -13,11 +13,14 @@ from gateway.openai_answer import join
 from gateway.output import Delta
 from gateway.prompts import Messages, tokenize
 from gateway.registry import STATES
+from gateway.tracing import Origin
 from gateway.validation import check_prompt
 from protos.tandem.v1 import common_pb2, inference_pb2, inference_pb2_grpc
 from runtime import rpc
 from runtime.errors import InvalidRequest
 from runtime.version import VERSION
+
+SERVICE = inference_pb2.DESCRIPTOR.services_by_name["InferenceService"].full_name
 
 WIRE_STATES = {state: number for number, state in STATES.items()}
 
@@ -35,7 +38,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
     ) -> AsyncIterator[inference_pb2.GenerateResponse]:
         """Deltas; the last one carries finish reason and usage."""
         async with rpc.translated(context):
-            asked = _generation(request, context)
+            asked = _generation(request, context, stream=True)
             async with aclosing(self._flow.stream(asked)) as deltas:
                 async for delta in deltas:
                     yield _response(asked.request_id, delta)
@@ -45,7 +48,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
     ) -> inference_pb2.CompleteResponse:
         """The whole completion at once."""
         async with rpc.translated(context):
-            asked = _generation(request, context)
+            asked = _generation(request, context, stream=False)
             async with aclosing(self._flow.stream(asked)) as deltas:
                 whole = join([delta async for delta in deltas])
         return inference_pb2.CompleteResponse(
@@ -119,7 +122,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
 
 
 def _generation(
-    request: inference_pb2.GenerateRequest | inference_pb2.CompleteRequest, context: Context
+    request: inference_pb2.GenerateRequest | inference_pb2.CompleteRequest, context: Context, *, stream: bool
 ) -> Generation:
     metadata = {key: value for key, value in context.invocation_metadata() or () if isinstance(value, str)}
     remaining_s = context.time_remaining()
@@ -131,7 +134,12 @@ def _generation(
         model=request.model,
         priority=request.priority,
         cache_salt=request.cache_salt,
-        traceparent=metadata.get("traceparent", "")[:256],
+        origin=Origin(
+            operation="chat" if request.WhichOneof("prompt") == "messages" else "text_completion",
+            method=f"{SERVICE}/{'Generate' if stream else 'Complete'}",
+            stream=stream,
+            traceparent=metadata.get("traceparent", "")[:256],
+        ),
     )
 
 

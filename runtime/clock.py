@@ -3,6 +3,14 @@
 import time
 from typing import Protocol
 
+UNIX_OFFSET_NS = time.time_ns() - time.monotonic_ns()
+"""What this process adds to monotonic time for a date; read once, so that differences stay exact."""
+
+
+def unix_ns(monotonic_s: float) -> int:
+    """Nanoseconds since 1970 of a reading of SystemClock."""
+    return round(monotonic_s * 1e9) + UNIX_OFFSET_NS
+
 
 class Clock(Protocol):
     """Anything that tells monotonic seconds."""

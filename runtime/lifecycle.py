@@ -15,10 +15,24 @@ from collections.abc import Awaitable, Callable
 
 import uvloop
 
+from runtime.clock import SystemClock
 from runtime.config import fail
 from runtime.errors import StartupError
 
 logger = logging.getLogger(__name__)
+
+
+LAG_INTERVAL_S = 0.25
+"""How often the event loop is asked how late it is."""
+
+
+async def watch_lag(observe: Callable[[float], None]) -> None:
+    """Observe, in seconds, how long the event loop makes a due task wait; until cancelled."""
+    clock = SystemClock()
+    while True:
+        due_s = clock.now() + LAG_INTERVAL_S
+        await asyncio.sleep(LAG_INTERVAL_S)
+        observe(max(clock.now() - due_s, 0.0))
 
 
 class Shutdown:

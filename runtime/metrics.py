@@ -31,11 +31,17 @@ TOKEN_BUCKETS = (
 )
 """Seconds between tokens; the GenAI boundaries, continued below 10 ms."""
 
+GENAI_TOKEN_BUCKETS = (0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0, 2.5)
+"""Seconds; the boundaries of gen_ai.server.time_per_output_token."""
+
 DURATION_BUCKETS = (0.01, 0.02, 0.04, 0.08, 0.16, 0.32, 0.64, 1.28, 2.56, 5.12, 10.24, 20.48, 40.96, 81.92)
 """Seconds of a whole request; the boundaries of gen_ai.server.request.duration."""
 
 TRANSFER_BUCKETS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0)
 """Seconds of one KV transfer."""
+
+LAG_BUCKETS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5)
+"""Seconds by which an event loop is late."""
 
 
 def exposition(registry: CollectorRegistry, accept: str) -> tuple[bytes, str]:
