@@ -40,7 +40,7 @@ from runtime.clock import SystemClock
 from runtime.errors import InvalidRequest, TandemError, Unavailable
 from runtime.limits import LINK_TIMEOUT_S
 from worker.control_stream import ControlStream, Envelope
-from worker.epoch import ByteCount, Failure, drive, offered_transports, open_transport
+from worker.epoch import Failure, LinkCounts, drive, offered_transports, open_transport
 from worker.link_messages import to_response
 from worker.main import WorkerParts
 
@@ -116,7 +116,8 @@ class DecodeLinks(kvlink_pb2_grpc.KvLinkServiceServicer):
         welcome = self._answer(hello)
         stream.post(welcome)
         transport = await open_transport(welcome.transport, 1, stream, self._parts.settings)
-        link = DecodeLink(self._parts, self._intake, stream, welcome, transport, self._ended[worker_id])
+        ended = self._ended[worker_id]
+        link = DecodeLink(self._parts, self._intake, stream, welcome, transport, ended, worker_id)
         before = self._links.pop(worker_id, None)
         if before is not None:
             before.failure.tell("the sender opened a new epoch")
@@ -156,6 +157,7 @@ class DecodeLink:
         welcome: m.Welcome,
         transport: Transport,
         ended: Tombstones,
+        sender: str,
     ) -> None:
         self._parts = parts
         self._intake = intake
@@ -171,7 +173,7 @@ class DecodeLink:
             on_event=lambda event: parts.bridge.on_loop(self._on_event, event),
             on_failed=self.failure.tell,
         )
-        self._moved = ByteCount(self._pump, parts.metrics.transfer_bytes)
+        self._moved = LinkCounts(self._pump, parts.metrics, sender)
 
     async def run(self) -> None:
         """Until the epoch ends."""

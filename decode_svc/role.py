@@ -27,12 +27,12 @@ from engine.request import Request
 from kvtransfer.messages import Commit
 from protos.tandem.v1 import common_pb2 as pb
 from protos.tandem.v1 import decode_pb2, decode_pb2_grpc, kvlink_pb2, kvlink_pb2_grpc
-from runtime.clock import SystemClock
 from runtime.errors import AlreadyExists, Preempted, TandemError
 from worker.attach import AttemptKey
 from worker.choices import first_samples
 from worker.convert import to_request
 from worker.main import WorkerParts
+from worker.timeline import GENERATE, RECEIVE, RESERVE
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
@@ -44,8 +44,6 @@ class Incoming:
     request: Request
     link: DecodeLink | None = None
     """Whose Offer it is paired with."""
-    reserved_at: float = 0.0
-    """Clock seconds."""
 
 
 class DecodeRole:
@@ -54,7 +52,6 @@ class DecodeRole:
     def __init__(self, parts: WorkerParts) -> None:
         self._bridge = parts.bridge
         self._metrics = parts.metrics
-        self._clock = SystemClock()
         self._incoming: dict[bytes, Incoming] = {}
         self._transfer_ids: dict[AttemptKey, bytes] = {}
         self._links = DecodeLinks(parts, self)
@@ -87,13 +84,14 @@ class DecodeRole:
         """Start an attempt, or wait for its KV."""
         request = to_request(key, submit, prefill_only=False)
         if not submit.HasField("peer"):
-            self._bridge.post(key, lambda engine: engine.submit(request))
+            self._bridge.submit(key, request)
             return
         if submit.transfer_id in self._incoming:
             raise AlreadyExists("this transfer is already awaited", field="transfer_id")
         incoming = Incoming(key=key, transfer_id=submit.transfer_id, request=request)
         self._incoming[incoming.transfer_id] = incoming
         self._transfer_ids[key] = incoming.transfer_id
+        self._bridge.timelines.begin(key, RESERVE)
         link = self._links.holding(incoming.transfer_id)
         if link is not None:
             self._pair(incoming, link)
@@ -115,7 +113,8 @@ class DecodeRole:
         incoming = self._incoming.get(transfer_id)
         if incoming is None or incoming.link is None:
             return
-        incoming.reserved_at = self._clock.now()
+        self._bridge.timelines.finish(incoming.key, RESERVE)
+        self._bridge.timelines.begin(incoming.key, RECEIVE)
         try:
             incoming.link.reserve(transfer_id, num_blocks, num_cached_tokens)
         except TandemError as error:
@@ -139,7 +138,10 @@ class DecodeRole:
             return
         del self._transfer_ids[incoming.key]
         self._metrics.transfers.labels(self._metrics.side, "committed").inc()
-        self._metrics.transfer_seconds.observe(self._clock.now() - incoming.reserved_at)
+        timeline = self._bridge.timelines.finish(incoming.key, RECEIVE)
+        if timeline is not None:
+            self._metrics.received(timeline)
+        self._bridge.timelines.begin(incoming.key, GENERATE)
         self._bridge.post(incoming.key, lambda engine: self._commit(engine, transfer_id, commit))
 
     def _commit(self, engine: Engine, transfer_id: bytes, commit: Commit) -> None:
@@ -165,8 +167,8 @@ class DecodeRole:
 
     def on_step(self, engine: Engine, result: StepResult) -> None:
         """All tokens of the step, in one call to the loop."""
-        self._metrics.steps.inc()
-        self._metrics.generation_tokens.inc(len(result.outputs))
+        self._bridge.mark_prefills(result, then=GENERATE)
+        self._metrics.stepped(result)
         self._bridge.publish(result.outputs)
         self._metrics.preempted(result.preempted)
         for item in result.preempted:

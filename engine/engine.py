@@ -144,7 +144,7 @@ class Engine:
         self._scheduler.check()
 
     def _commit_step(self, plan: list[Scheduled], samples: Iterator[Sample]) -> StepResult:
-        result = StepResult(preempted=self._scheduler.take_preempted())
+        result = StepResult(batch=plan, preempted=self._scheduler.take_preempted())
         for item in plan:
             request, is_last = item.request, item.samples
             row = [(sampler, next(samples)) for sampler in request.samplers] if is_last else []

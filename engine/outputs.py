@@ -1,10 +1,11 @@
 """What a step tells the world."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import NamedTuple
 
+from engine.plan import Scheduled
 from engine.request import FinishReason, Request, TokenLogprob
 
 
@@ -59,6 +60,8 @@ class Preempted(NamedTuple):
 class StepResult:
     """Everything that changed in one step."""
 
+    batch: Sequence[Scheduled] = ()
+    """What was computed."""
     outputs: list[StepOutput] = field(default_factory=list)
     computed: list[Request] = field(default_factory=list)
     """Prefill-only requests whose num_computed_tokens advanced, by the last chunk included."""

@@ -29,6 +29,8 @@ class Export:
     """Of all choices, once they are known."""
     cached_tokens: int = 0
     committing: bool = False
+    granted: bool = False
+    """The receiver has reserved."""
 
     @property
     def total_blocks(self) -> int:

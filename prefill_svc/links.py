@@ -24,6 +24,7 @@ from kernels import ops
 from kvtransfer import messages as m
 from kvtransfer.actions import (
     FrameToSend,
+    Granted,
     SenderEvent,
     TransferCommitted,
     TransferFailed,
@@ -42,7 +43,7 @@ from runtime.errors import TandemError, Unavailable
 from runtime.limits import LINK_TIMEOUT_S
 from worker.attach import AttemptKey
 from worker.control_stream import ControlStream, Envelope
-from worker.epoch import ByteCount, Failure, drive, offered_transports, open_transport
+from worker.epoch import Failure, LinkCounts, drive, offered_transports, open_transport
 from worker.link_messages import to_request
 from worker.main import WorkerParts
 
@@ -51,6 +52,10 @@ logger = logging.getLogger(__name__)
 
 class ExportOwner(Protocol):
     """Who is told how a transfer goes; on the event loop."""
+
+    def granted(self, key: AttemptKey) -> None:
+        """The receiver has reserved: frames may leave."""
+        ...
 
     def sent(self, key: AttemptKey) -> None:
         """All frames have left: the blocks are not read again."""
@@ -213,7 +218,7 @@ class PrefillLink:
             on_event=lambda event: self._parts.bridge.on_loop(self._on_event, event),
             on_failed=failure.tell,
         )
-        moved = ByteCount(pump, self._parts.metrics.transfer_bytes)
+        moved = LinkCounts(pump, self._parts.metrics, self._peer.worker_id)
         self._count = moved.update
         self._begin(pump, welcome, {item.commit.transfer_id for item in repeated})
         logger.info(
@@ -265,6 +270,8 @@ class PrefillLink:
         if export is None:
             return
         match event:
+            case Granted():
+                self._owner.granted(export.key)
             case TransferSent():
                 self._count()
                 self._owner.sent(export.key)

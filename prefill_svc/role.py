@@ -27,6 +27,7 @@ from worker.attach import AttemptKey
 from worker.choices import continued
 from worker.convert import FINISH_REASONS, to_request
 from worker.main import WorkerParts
+from worker.timeline import SEND
 
 Progress = tuple[AttemptKey, tuple[int, ...], int, int]
 """An attempt, its block ids so far, how many of its tokens are computed, and how many were cached."""
@@ -72,7 +73,7 @@ class PrefillRole:
             continued=continued(request),
         )
         self._exports[key] = export
-        self._bridge.post(key, lambda engine: engine.submit(request))
+        self._bridge.submit(key, request)
         self._links.add(submit.peer, export)
 
     def abort(self, key: AttemptKey) -> None:
@@ -88,8 +89,8 @@ class PrefillRole:
 
     def on_step(self, engine: Engine, result: StepResult) -> None:
         """First tokens to the gateways at once; then the new blocks to their links."""
-        self._metrics.steps.inc()
-        self._metrics.generation_tokens.inc(len(result.outputs))
+        self._bridge.mark_prefills(result)
+        self._metrics.stepped(result)
         self._bridge.publish(output for output in result.outputs if output.request.search is None)
         progress = [_progress(request) for request in result.computed]
         self._bridge.on_loop(self._advance, progress, result.outputs)
@@ -109,6 +110,7 @@ class PrefillRole:
                     export.first_tokens = (*export.continued, *sampled[key])
                     export.cached_tokens = cached_tokens
                 self._links.advance(export)
+                self._mark_sending(export)
 
     def _fail(self, output: StepOutput, error: str) -> None:
         """The gateway has been told, but of beams."""
@@ -118,8 +120,22 @@ class PrefillRole:
         else:
             self._bridge.hub.fail(output.request.key, Internal(error))
 
+    def _mark_sending(self, export: Export) -> None:
+        if export.granted and export.handed_over:
+            self._bridge.timelines.begin(export.key, SEND)
+
+    def granted(self, key: AttemptKey) -> None:
+        """The receiver has room: what is computed travels from now on."""
+        export = self._exports.get(key)
+        if export is not None:
+            export.granted = True
+            self._mark_sending(export)
+
     def sent(self, key: AttemptKey) -> None:
         """The link will not read this attempt's blocks again."""
+        timeline = self._bridge.timelines.finish(key, SEND)
+        if timeline is not None:
+            self._metrics.sent(timeline)
         self._bridge.abort(key)
 
     def committed(self, key: AttemptKey) -> None:

@@ -18,9 +18,11 @@ from typing import NamedTuple, Protocol
 from protos.tandem.v1 import common_pb2 as pb
 from runtime.errors import InvalidRequest, Mismatch, TandemError, Unavailable
 from runtime.limits import ATTACH_SILENCE_S, HEARTBEAT_INTERVAL_S
+from runtime.tracing import AttributeValue
 from runtime.version import PROTOCOL_MAJOR
 from worker.choices import choices_to_end
 from worker.convert import attempt_failed
+from worker.timeline import Timelines
 
 logger = logging.getLogger(__name__)
 
@@ -112,10 +114,12 @@ class AttachHub:
         self,
         handler: AttemptHandler,
         load: Callable[[], pb.WorkerLoad],
+        timelines: Timelines,
         heartbeat_s: float = HEARTBEAT_INTERVAL_S,
     ) -> None:
         self._handler = handler
         self._load = load
+        self._timelines = timelines
         self._heartbeat_s = heartbeat_s
         self._numbers = itertools.count()
         self._attachments: dict[int, Attachment] = {}
@@ -133,6 +137,8 @@ class AttachHub:
             if attachment is None or update.key not in attachment.live:
                 continue
             attachment.add(update)
+            if update.key not in attachment.live:
+                self._timelines.close(update.key, *_outcome(update))
 
     def fail(self, key: AttemptKey, error: TandemError) -> None:
         """End an attempt with an error and free what it holds."""
@@ -161,7 +167,7 @@ class AttachHub:
     def _end(self, attachment: Attachment) -> None:
         del self._attachments[attachment.number]
         for key in attachment.live:
-            self._handler.abort(key)
+            self._abort(key, "gateway_lost")
         if attachment.live:
             logger.info("gateway %s left: %d attempts ended", attachment.gateway_id, len(attachment.live))
 
@@ -187,13 +193,18 @@ class AttachHub:
                 key = AttemptKey(attachment.number, command.abort.request, command.abort.attempt)
                 if key in attachment.live:
                     del attachment.live[key]
-                    self._handler.abort(key)
+                    self._abort(key, "aborted")
+
+    def _abort(self, key: AttemptKey, outcome: str) -> None:
+        self._handler.abort(key)
+        self._timelines.close(key, None, {"tandem.outcome": outcome})
 
     def _submit(self, attachment: Attachment, submit: pb.Submit) -> None:
         key = AttemptKey(attachment.number, submit.request, submit.attempt)
         if key in attachment.live:
             return
         attachment.live[key] = choices_to_end(submit)
+        self._timelines.open(key, submit)
         try:
             if self.draining:
                 raise Unavailable("the worker is draining", retryable=True)
@@ -202,6 +213,19 @@ class AttachHub:
             self._handler.submit(key, submit)
         except TandemError as error:
             self.fail(key, error)
+
+
+def _outcome(update: TokenUpdate) -> tuple[str | None, dict[str, AttributeValue]]:
+    """An attempt's error, if it is one, and what its span says of its end."""
+    assert update.end is not None
+    outcome = update.end.WhichOneof("outcome") or ""
+    facts: dict[str, AttributeValue] = {"tandem.outcome": outcome}
+    if outcome == "failed":
+        return update.end.failed.message, facts
+    if update.frame is not None:
+        num_tokens = update.frame.start_index + len(update.frame.token_ids)
+        facts["gen_ai.usage.output_tokens"] = num_tokens
+    return None, facts
 
 
 def _check_hello(hello: pb.AttachHello) -> None:

@@ -3,23 +3,30 @@
 import asyncio
 from collections.abc import Callable, Iterable
 
-from engine.engine import Engine, EngineLoad, StepOutput
+from engine.engine import Engine, EngineLoad, StepOutput, StepResult
+from engine.request import Request
 from protos.tandem.v1 import common_pb2 as pb
+from runtime.clock import SystemClock
 from runtime.errors import Internal, TandemError
 from worker.attach import AttachHub, AttemptKey, TokenUpdate
 from worker.convert import attempt_end, token_frame
 from worker.engine_thread import Command, EngineThread
+from worker.prefill_watch import PrefillWatch, enter
+from worker.timeline import QUEUE, Timelines
 
 
 class EngineBridge:
-    """What a role uses to reach the engine and the gateways; the thread and the hub join it at start."""
+    """What a role uses to reach the engine and the gateways; thread, hub and timelines join it at start."""
 
     thread: EngineThread
     hub: AttachHub
+    timelines: Timelines
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self._loop = loop
         self._load = pb.WorkerLoad()
+        self._watch = PrefillWatch()
+        self._clock = SystemClock()
 
     def on_loop(self, function: Callable[..., None], *arguments: object) -> None:
         """Call a function on the event loop; from any thread. After the loop's end it is a no-op."""
@@ -39,9 +46,30 @@ class EngineBridge:
 
         self.thread.post(guarded)
 
+    def submit(self, key: AttemptKey, request: Request) -> None:
+        """Queue a prompt on the engine; its stages go into the attempt's timeline."""
+        self.timelines.begin(key, QUEUE)
+
+        def submit(engine: Engine) -> None:
+            engine.submit(request)
+            self._watch.add(key)
+
+        self.post(key, submit)
+
     def abort(self, key: AttemptKey) -> None:
         """Free what the engine holds for an attempt."""
-        self.thread.post(lambda engine: _abort(engine, key))
+
+        def abort(engine: Engine) -> None:
+            self._watch.drop(key)
+            engine.abort(key)
+
+        self.thread.post(abort)
+
+    def mark_prefills(self, result: StepResult, then: str | None = None) -> None:
+        """Note which prompts a step has begun and finished, and what follows here; on the engine thread."""
+        marks = self._watch.on_step(result, self.thread.step_started_s, self._clock.now())
+        if marks:
+            self.on_loop(enter, self.timelines, marks, then)
 
     def fail(self, key: AttemptKey, error: TandemError) -> None:
         """End an attempt with an error; from any thread."""
@@ -86,7 +114,3 @@ class EngineBridge:
     def load(self) -> pb.WorkerLoad:
         """The last snapshot; a message that nobody changes."""
         return self._load
-
-
-def _abort(engine: Engine, key: AttemptKey) -> None:
-    engine.abort(key)

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from typing import Protocol
 
 from engine.engine import Engine, StepResult
+from runtime.clock import SystemClock
 
 logger = logging.getLogger(__name__)
 
@@ -42,7 +43,12 @@ class EngineThread:
         self._inbox: queue.SimpleQueue[Command | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._stopping = False
+        self._clock = SystemClock()
         self.num_steps = 0
+        self.busy_s = 0.0
+        """Seconds in which this thread had something to do; any thread may read it."""
+        self.step_started_s = 0.0
+        """When the step of which `on_step` is being told began; for that call only."""
 
     def start(self) -> None:
         """Begin to step."""
@@ -69,20 +75,25 @@ class EngineThread:
             self._on_death(f"engine: {type(error).__name__}")
 
     def _step(self) -> None:
-        self._apply(block=not self._engine.has_work())
+        woke_s = self._apply(block=not self._engine.has_work())
         self._handler.between_steps(self._engine)
         if self._engine.has_work():
+            self.step_started_s = self._clock.now()
             result = self._engine.step()
             self.num_steps += 1
             self._handler.on_step(self._engine, result)
             self._handler.between_steps(self._engine)
+        self.busy_s += self._clock.now() - woke_s
 
-    def _apply(self, *, block: bool) -> None:
+    def _apply(self, *, block: bool) -> float:
+        """Run the commands that wait; returns when the first one was there."""
+        woke_s = self._clock.now()
         try:
             command = self._inbox.get(block=block)
+            woke_s = self._clock.now()
             while True:
                 if command is not None:
                     command(self._engine)
                 command = self._inbox.get_nowait()
         except queue.Empty:
-            return
+            return woke_s

@@ -5,14 +5,13 @@ import asyncio
 from collections.abc import Callable
 from typing import Any, Protocol
 
-from prometheus_client import Counter
-
 from kvtransfer.states import LinkStatistics
 from kvtransfer.transport import Transport
 from kvtransfer.transports.gloo import GlooTransport
 from runtime.errors import Mismatch, Unavailable
 from runtime.settings import WorkerSettings
 from worker.control_stream import ControlStream
+from worker.metrics import WorkerMetrics
 
 TICK_S = 0.25
 """How often deadlines are looked at."""
@@ -77,19 +76,25 @@ class Failure:
         raise Unavailable(await self._reason, retryable=True)
 
 
-class ByteCount:
-    """Adds what a pump has moved since the last look to the process's counter."""
+class LinkCounts:
+    """Adds what a pump has done since the last look to the process's counters for this peer."""
 
-    def __init__(self, pump: Pump, counter: Counter) -> None:
+    def __init__(self, pump: Pump, metrics: WorkerMetrics, peer: str) -> None:
         self._pump = pump
-        self._counter = counter
-        self._seen = 0
+        self._counters = {
+            "payload_bytes": metrics.transfer_bytes.labels(metrics.side, peer),
+            "frames": metrics.transfer_frames.labels(metrics.side, peer),
+            "dropped_frames": metrics.dropped_frames.labels(metrics.side, peer),
+            "credit_waits": metrics.credit_waits.labels(metrics.side, peer),
+        }
+        self._seen = LinkStatistics()
 
     def update(self) -> None:
         """Look again."""
-        moved = self._pump.statistics().payload_bytes
-        self._counter.inc(moved - self._seen)
-        self._seen = moved
+        now = self._pump.statistics()
+        for name, counter in self._counters.items():
+            counter.inc(getattr(now, name) - getattr(self._seen, name))
+        self._seen = now
 
 
 async def drive(stream: ControlStream, pump: Pump, failure: Failure, on_tick: Callable[[], None]) -> None:

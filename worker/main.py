@@ -29,8 +29,9 @@ from runtime.checkpoint_dir import bundled_model, file_hash, resolve
 from runtime.clock import SystemClock
 from runtime.config import parse_bytes
 from runtime.errors import Unavailable
-from runtime.lifecycle import Shutdown
+from runtime.lifecycle import Shutdown, watch_lag
 from runtime.limits import DRAIN_TIMEOUT_S
+from runtime.otlp import FLUSH_TIMEOUT_S, open_tracer
 from runtime.settings import WorkerSettings
 from runtime.version import PROTOCOL_MAJOR, VERSION
 from worker import address
@@ -40,6 +41,7 @@ from worker.engine_thread import EngineThread, StepHandler
 from worker.grammar_intake import GrammarIntake
 from worker.membership import Membership
 from worker.metrics import WorkerMetrics
+from worker.timeline import Timelines
 
 logger = logging.getLogger(__name__)
 
@@ -153,15 +155,20 @@ class Worker:
             boot_id=secrets.token_hex(16),
             address=f"{settings.advertise_host or settings.host}:{port}",
         )
+        self._tracer = open_tracer(f"tandem-{ROLE_NAMES[kind]}", self._identity.worker_id)
         parts = WorkerParts(
             settings=settings, identity=self._identity, facts=self._facts, engine=engine,
             bridge=self._bridge, metrics=self._metrics,
         )  # fmt: skip
         self._role = factory(parts)
+        self._bridge.timelines = Timelines(self._tracer, ROLE_NAMES[kind], self._metrics.stage_ended)
         intake = GrammarIntake(self._role, engine.grammars, self._bridge.fail)
-        self._bridge.hub = AttachHub(intake, self._load)
+        self._bridge.hub = AttachHub(intake, self._load, self._bridge.timelines)
         self._bridge.thread = EngineThread(engine, self._role, self._on_engine_death)
         self._metrics.watch(self._bridge.load)
+        self._metrics.watch_attempts(
+            ROLE_NAMES[kind], self._bridge.timelines, lambda: self._bridge.thread.busy_s
+        )
         self._metrics.watch_prefix_cache(engine.prefix_cache_stats)
         self._health = health.aio.HealthServicer()
 
@@ -185,6 +192,7 @@ class Worker:
             background = [
                 tasks.create_task(membership.run()),
                 tasks.create_task(self._role.run()),
+                tasks.create_task(watch_lag(self._metrics.loop_lag.observe)),
                 tasks.create_task(http.serve(sockets=[socket])),
             ]
             await self._shutdown.requested.wait()
@@ -192,7 +200,7 @@ class Worker:
             await self._set_health(services, health_pb2.HealthCheckResponse.NOT_SERVING)
             await self._drain()
             http.should_exit = True
-            for task in background[:2]:
+            for task in background[:3]:
                 task.cancel()
         await self._stop()
 
@@ -217,6 +225,7 @@ class Worker:
     async def _stop(self) -> None:
         await self._server.stop(grace=0.5)
         await asyncio.to_thread(self._bridge.thread.stop, 5.0)
+        await asyncio.to_thread(self._tracer.close, FLUSH_TIMEOUT_S)
 
     def _info(self, http_port: int) -> registry_pb2.WorkerInfo:
         facts = self._engine.facts

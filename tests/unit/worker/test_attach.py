@@ -7,7 +7,9 @@ import pytest
 
 from protos.tandem.v1 import common_pb2 as pb
 from runtime.errors import Mismatch, Overloaded
+from runtime.tracing import Tracer
 from worker.attach import AttachHub, AttemptKey, TokenUpdate
+from worker.timeline import Timelines
 
 
 class FakeHandler:
@@ -47,7 +49,8 @@ class Gateway:
 
 def hub_and_handler() -> tuple[AttachHub, FakeHandler]:
     handler = FakeHandler()
-    return AttachHub(handler, lambda: pb.WorkerLoad(blocks_total=7), heartbeat_s=0.01), handler
+    timelines = Timelines(Tracer(), "decode", lambda stage, seconds: None)
+    return AttachHub(handler, lambda: pb.WorkerLoad(blocks_total=7), timelines, heartbeat_s=0.01), handler
 
 
 def update(request: int, start: int, tokens: list[int], end: bool = False) -> TokenUpdate:
