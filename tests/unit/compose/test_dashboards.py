@@ -27,10 +27,18 @@ class PrefixCacheStats:
     queries = hits = evicted_blocks = 0
 
 
+class Timelines:
+    """No attempt is anywhere."""
+
+    def in_stages(self):
+        return {}
+
+
 def registries():
-    for side in ("sender", "receiver"):
+    for side, role in (("sender", "prefill"), ("receiver", "decode")):
         metrics = WorkerMetrics(side)
         metrics.watch_prefix_cache(PrefixCacheStats())
+        metrics.watch_attempts(role, Timelines(), float)
         yield metrics.registry
     yield GatewayMetrics().registry
 
@@ -42,8 +50,8 @@ def exported():
     bounds: dict[str, set[str]] = {}
     for registry in registries():
         for collector in set(registry._collector_to_names):
-            own = set(getattr(collector, "_labelnames", ()))
             for family in collector.collect():
+                own = {name for of in (collector, family) for name in getattr(of, "_labelnames", ())}
                 for suffix in SUFFIXES[family.type]:
                     labels.setdefault(family.name + suffix, set()).update(own)
                 uppers = getattr(collector, "_upper_bounds", ())
@@ -125,6 +133,21 @@ def test_panels_have_ids_of_their_own_and_do_not_overlap(name):
         assert all(x < 24 for x, _ in cells)
         assert not cells & taken, panel["title"]
         taken |= cells
+
+
+def test_searches_for_traces_name_spans_that_are_recorded():
+    root = COMPOSE.parent
+    sources = [
+        path
+        for folder in ("gateway", "worker", "prefill_svc", "decode_svc")
+        for path in (root / folder).glob("*.py")
+    ]
+    text = "".join(path.read_text() for path in sources)
+    searches = [panel.traceql for row in dashboards.TRACES.rows for panel in row.panels if panel.traceql]
+    for search in searches:
+        for name in re.findall(r'name = ("[^"]*")', search):
+            assert name in text, search
+    assert len(searches) > 3
 
 
 def test_data_sources_are_those_that_are_provisioned():
