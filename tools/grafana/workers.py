@@ -78,7 +78,7 @@ SPLIT = Dashboard(
                     "Hidden behind prefill",
                     (Query(mean("tandem_kv_transfer_hidden_ratio"), "mean"),),
                     "percentunit",
-                    about="Share of the transfer during which the prompt was still computed: it costs nothing.",
+                    about="Share of the transfer while the prompt was still computed: it costs nothing.",
                 ),
             ),
         ),
