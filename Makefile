@@ -1,6 +1,7 @@
 # make serve   install into .venv and run `tandem up` (ARGS="--decode 2" adds flags)
 # make test    install and run the tests
 # make bench-cpu  Tandem beside its peers on this CPU
+# make bench-policies   scheduling policies on recorded traces, simulated
 # make check   style, types, layers, sizes, wire format
 
 VENV := .venv
@@ -13,7 +14,7 @@ TEST_ENV := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive GOMP_SPINCOUNT=0
 SOURCES := protos gateway prefill_svc decode_svc worker engine kvtransfer kernels runtime tandem
 ALL := $(SOURCES) compose tests tools $(wildcard benchmarks)
 
-.PHONY: serve test test-long check protos dashboards bench bench-cpu clean
+.PHONY: serve test test-long check protos dashboards bench bench-cpu bench-policies clean
 
 serve: $(VENV)/.installed
 	@exec $(BIN)/tandem up $(ARGS)
@@ -45,6 +46,9 @@ bench: $(VENV)/.installed
 # Tandem beside transformers and openvino-genai on this machine's CPU; installs the peers into .venv-peers.
 bench-cpu: $(VENV)/.installed-dev
 	@$(BIN)/python -m benchmarks.cpu $(ARGS)
+
+bench-policies: $(VENV)/.installed
+	$(BIN)/python -m benchmarks.policies $(ARGS)
 
 clean:
 	rm -rf $(VENV) .venv-peers build *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis

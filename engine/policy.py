@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 from typing import Literal, Protocol
 
 from engine.plan import Scheduled
-from engine.request import Request
+from engine.request import Request, RequestState
 from runtime.clock import Clock, SystemClock
 
 PolicyName = Literal["fcfs", "priority", "mlfq"]
@@ -125,9 +125,9 @@ class Mlfq:
         return self._promote(queued, now) or changed
 
     def _profile(self, plan: Sequence[Scheduled], seconds: float) -> None:
-        num_tokens = sum(item.query_len for item in plan)
-        if num_tokens == len(plan):
+        if all(item.request.state is RequestState.RUNNING for item in plan):
             return
+        num_tokens = sum(item.query_len for item in plan)
         weight = PROFILE_WEIGHT if self._prefill_s_per_token else 1.0
         self._prefill_s_per_token += weight * (seconds / num_tokens - self._prefill_s_per_token)
 

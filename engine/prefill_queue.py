@@ -20,10 +20,9 @@ class PrefillQueue:
         self.waiting: list[Request] = []
         self.prefilling: list[Request] = []
 
-    @property
-    def head(self) -> Request | None:
-        """Who is admitted next."""
-        return self.waiting[0] if self.waiting else None
+    def head(self, *, newcomers: bool = True) -> Request | None:
+        """Who is admitted next; without `newcomers` only a preempted request."""
+        return next((each for each in self.waiting if newcomers or each.output_token_ids), None)
 
     def push(self, request: Request, state: RequestState) -> None:
         """The request waits at its rank, WAITING or SWAPPED."""
@@ -40,33 +39,37 @@ class PrefillQueue:
         self.waiting.sort(key=by_rank)
         self.prefilling.sort(key=by_rank)
 
-    def schedule(self, budget: int, seats: int, admit: Callable[[Request], bool]) -> list[Scheduled]:
+    def schedule(
+        self, budget: int, seats: int, head: Callable[[], Request | None], admit: Callable[[Request], bool]
+    ) -> list[Scheduled]:
         """Chunks of at most `seats` requests and `budget` tokens in all.
 
-        `admit` gives a request its blocks, and a swapped one its KV, or says no.
+        `admit` gives the `head`, one of the waiting, its blocks, and if it is swapped its KV, or says no.
         """
         chunks: list[Scheduled] = []
-        candidates = self._candidates(admit)
+        candidates = self._candidates(head, admit)
         while budget > 0 and len(chunks) < seats and (request := next(candidates, None)):
             chunks.append(Scheduled(request, min(budget, request.num_tokens - request.num_computed_tokens)))
             budget -= chunks[-1].query_len
         return chunks
 
-    def _candidates(self, admit: Callable[[Request], bool]) -> Iterator[Request]:
+    def _candidates(
+        self, head: Callable[[], Request | None], admit: Callable[[Request], bool]
+    ) -> Iterator[Request]:
         """Requests that hold their blocks; the next one is admitted only when it is asked for."""
         started = deque(self.prefilling)
-        while head := self.head:
-            if started and started[0].rank < head.rank:
+        while first := head():
+            if started and started[0].rank < first.rank:
                 yield started.popleft()
-            elif admit(head):
-                yield self._leave_queue(head)
+            elif admit(first):
+                yield self._leave_queue(first)
             else:
                 break
         yield from started
 
     def _leave_queue(self, request: Request) -> Request:
-        """The head of the queue was admitted; if it was swapped, it is running already."""
-        del self.waiting[0]
+        """A waiting request was admitted; if it was swapped, it is running already."""
+        self.waiting.remove(request)
         if request.state is RequestState.WAITING:
             self.start(request)
         return request

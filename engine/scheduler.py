@@ -2,6 +2,7 @@
 
 import heapq
 from collections.abc import Callable, Hashable, Sequence
+from functools import partial
 from itertools import chain, islice
 
 from engine.block_tables import BlockTables
@@ -74,7 +75,9 @@ class Scheduler:
         starves a preempted request.
         """
         self.enter(request, 0)
-        head = self.prefill.head
+        head = self.prefill.head()
+        if self._is_crowded:
+            return False
         ranks_first = head is not None and head.rank < request.rank
         promised = self.tables.cost(head, _reusable(head)) if head and ranks_first else 0
         self._make_room(request, request.num_tokens, promised)
@@ -96,12 +99,14 @@ class Scheduler:
     def schedule(self) -> list[Scheduled]:
         """The next step; decodes come first, each request at most once."""
         self.policy.begin()
-        if head := self.prefill.head:
-            self._make_room(head, _reusable(head))
-        decodes = self.decode.schedule(self.tables, self._decode_seats(), self._displace)
+        # Judged before anybody is displaced for the head: displacing must not make another one the head.
+        head = partial(self.prefill.head, newcomers=not self._is_crowded)
+        if first := head():
+            self._make_room(first, _reusable(first))
+        decodes = self.decode.schedule(self.tables, self._decode_seats(head()), self._displace)
         self._swap_ahead(len(decodes))
         budget, seats = self._token_budget - len(decodes), self.max_active - len(decodes)
-        chunks = self.prefill.schedule(budget, seats, self._admit)
+        chunks = self.prefill.schedule(budget, seats, head, self._admit)
         budget -= sum(chunk.query_len for chunk in chunks)
         decodes = self._extend(decodes, self.tables, budget)
         self.tables.run_copies()
@@ -182,7 +187,7 @@ class Scheduler:
 
     def has_work(self) -> bool:
         """Whether a step would compute, or tell, anything."""
-        head = self.prefill.head
+        head = self.prefill.head(newcomers=not self._is_crowded)
         return bool(
             self.decode.running
             or self.prefill.prefilling
@@ -219,6 +224,11 @@ class Scheduler:
         self.enter(request, num_prefill_tokens)
         self.live[request.key] = request
 
+    @property
+    def _is_crowded(self) -> bool:
+        """Nobody new starts: where requests are paused, host memory must be able to take them."""
+        return self.policy.pauses and self.swap_space.is_crowded
+
     def _fits(self, request: Request, max_cached_tokens: int, promised_blocks: int = 0) -> bool:
         if not self.policy.pauses and self._num_active + request.num_seats > self.max_active:
             return False
@@ -239,11 +249,10 @@ class Scheduler:
             self.tables.admit(request, _reusable(request))
         return True
 
-    def _decode_seats(self) -> int:
+    def _decode_seats(self, head: Request | None) -> int:
         """Seats of the step for running requests; those that prompts of better rank will take are left."""
         if not self.policy.pauses:
             return self.max_active
-        head = self.prefill.head
         newcomers = [head] if head and self._fits(head, _reusable(head)) else []
         contenders = heapq.merge(self.decode.running, self.prefill.prefilling, newcomers, key=by_rank)
         first = islice(contenders, self.max_active)
@@ -263,6 +272,8 @@ class Scheduler:
         if not has_seat or self.tables.cost(request, max_cached_tokens) > free + gain:
             return
         while later and not self._fits(request, max_cached_tokens, promised_blocks):
+            if self.policy.pauses and self._preemption.mode(later[-1]) is not PreemptionMode.SWAP:
+                return
             self._displace(later.pop())
 
     def _swap_ahead(self, num_decodes: int) -> None:

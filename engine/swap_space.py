@@ -36,6 +36,11 @@ class SwapSpace:
         """Slots that hold KV."""
         return self._num_touched - len(self._freed)
 
+    @property
+    def is_crowded(self) -> bool:
+        """Less than a tenth is free; never without slots."""
+        return 10 * (self._num_slots - self.num_used) < self._num_slots
+
     def has_room(self, request: Request) -> bool:
         """Whether the request's computed KV can be stored now."""
         return self._tables.blocks_for(request.num_computed_tokens) <= self._num_slots - self.num_used
