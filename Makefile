@@ -14,7 +14,7 @@ TEST_ENV := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive GOMP_SPINCOUNT=0
 SOURCES := protos gateway prefill_svc decode_svc worker engine kvtransfer kernels runtime tandem
 ALL := $(SOURCES) compose tests tools $(wildcard benchmarks)
 
-.PHONY: serve test test-long check protos dashboards bench bench-cpu bench-policies clean
+.PHONY: serve test test-long check protos dashboards bench bench-cpu bench-policies bench-tracing clean
 
 serve: $(VENV)/.installed
 	@exec $(BIN)/tandem up $(ARGS)
@@ -49,6 +49,10 @@ bench-cpu: $(VENV)/.installed-dev
 
 bench-policies: $(VENV)/.installed
 	$(BIN)/python -m benchmarks.policies $(ARGS)
+
+# CPU-seconds of all processes with every request traced, and without.
+bench-tracing: $(VENV)/.installed-dev
+	$(TEST_ENV) $(BIN)/python -m benchmarks.tracing $(ARGS)
 
 clean:
 	rm -rf $(VENV) .venv-peers build *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis

@@ -28,6 +28,13 @@ def outcome_of(error: BaseException | None) -> str:
     return "error" if isinstance(error, Exception) else "cancelled"
 
 
+def _cause(failed: Failed) -> str:
+    """Label of tandem_request_retries_total: why an attempt failed."""
+    if failed.worker_lost:
+        return "lost"
+    return "preempted" if isinstance(failed.error, errors.Preempted) else "refused"
+
+
 class GatewayMetrics:
     """All metrics of one gateway process, in a registry of their own."""
 
@@ -72,8 +79,7 @@ class GatewayMetrics:
 
     def attempt_failed(self, failed: Failed, num_emitted: int) -> None:
         """Another attempt follows, behind `num_emitted` tokens."""
-        cause = "lost" if failed.worker_lost else "refused"
-        self.retries.labels(failed.source.value, cause).inc()
+        self.retries.labels(failed.source.value, _cause(failed)).inc()
         if num_emitted:
             self.migrations.inc()
 

@@ -16,7 +16,7 @@ from gateway.attempt import Failed
 from gateway.output import Delta
 from gateway.router import Route
 from protos.tandem.v1 import common_pb2 as pb
-from runtime.clock import SystemClock
+from runtime.clock import Clock, SystemClock
 from runtime.errors import Cancelled, Internal, TandemError
 from runtime.tracing import AttributeValue, Span
 
@@ -39,6 +39,7 @@ REQUEST_ATTRIBUTES = {
     "temperature": "gen_ai.request.temperature",
     "top_p": "gen_ai.request.top_p",
     "top_k": "gen_ai.request.top_k",
+    "n": "gen_ai.request.choice.count",
     "seed": "gen_ai.request.seed",
     "frequency_penalty": "gen_ai.request.frequency_penalty",
     "presence_penalty": "gen_ai.request.presence_penalty",
@@ -80,7 +81,7 @@ class RequestTrace:
     """Of the first attempt."""
     usage: pb.Usage | None = None
     _finish_reasons: list[str] = field(default_factory=list)
-    _clock: SystemClock = field(default_factory=SystemClock)
+    _clock: Clock = field(default_factory=SystemClock)
     _attributes: dict[str, AttributeValue] = field(default_factory=dict)
     _content: list[str] | None = None
 

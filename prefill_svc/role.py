@@ -133,9 +133,12 @@ class PrefillRole:
 
     def sent(self, key: AttemptKey) -> None:
         """The link will not read this attempt's blocks again."""
-        timeline = self._bridge.timelines.finish(key, SEND)
-        if timeline is not None:
-            self._metrics.sent(timeline)
+        export = self._exports.get(key)
+        if export is not None:
+            facts = {"tandem.kv.tokens": export.num_tokens, "tandem.kv.cached_tokens": export.cached_tokens}
+            timeline = self._bridge.timelines.finish(key, SEND, attributes=facts)
+            if timeline is not None:
+                self._metrics.sent(timeline)
         self._bridge.abort(key)
 
     def committed(self, key: AttemptKey) -> None:

@@ -111,6 +111,7 @@ class WorkerMetrics:
         self.transfer_seconds.observe(timeline.stages[SEND].seconds)
         hidden = timeline.hidden_fraction()
         if hidden is not None:
+            timeline.stages[SEND].attributes["tandem.kv.hidden_ratio"] = hidden
             self.hidden_ratio.observe(hidden)
 
     def received(self, timeline: Timeline) -> None:

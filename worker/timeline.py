@@ -61,7 +61,7 @@ class Timeline:
     stages: dict[str, Stage] = field(default_factory=dict)
 
     def hidden_fraction(self) -> float | None:
-        """Share of the transfer's time in which the prompt was still being computed; None without one."""
+        """Share of the transfer's time in which the prompt was still being computed; None without both."""
         send, compute = self.stages.get(SEND), self.stages.get(COMPUTE)
         if send is None or compute is None or send.end_s is None or compute.end_s is None:
             return None
@@ -102,6 +102,7 @@ class Timelines:
         now_s = self._clock.now()
         span = self._tracer.span(self._name, now_s, submit.traceparent, submit.attempt)
         facts: dict[str, AttributeValue] = {"gen_ai.request.id": submit.request_id}
+        facts["gen_ai.usage.input_tokens"] = len(submit.prompt_token_ids)
         facts |= {"tandem.attempt": submit.attempt, "tandem.transfer.id": submit.transfer_id.hex()}
         if submit.HasField("peer"):
             facts["tandem.peer.worker"] = submit.peer.worker_id
