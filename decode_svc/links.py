@@ -163,7 +163,9 @@ class DecodeLink:
         self._intake = intake
         self._stream = stream
         self.failure = Failure()
-        link = ReceiverLink(facts=parts.facts, welcome=welcome, clock=SystemClock(), ended=ended)
+        facts = parts.facts.with_groups(welcome.num_groups)
+        self.num_groups = welcome.num_groups
+        link = ReceiverLink(facts=facts, welcome=welcome, clock=SystemClock(), ended=ended)
         self._pump = ReceiverPump(
             link,
             transport,

@@ -142,15 +142,18 @@ class DecodeRole:
         if timeline is not None:
             self._metrics.received(timeline)
         self._bridge.timelines.begin(incoming.key, GENERATE)
-        self._bridge.post(incoming.key, lambda engine: self._commit(engine, transfer_id, commit))
+        assert incoming.link is not None
+        num_groups = incoming.link.num_groups
+        self._bridge.post(incoming.key, lambda engine: self._commit(engine, transfer_id, commit, num_groups))
 
-    def _commit(self, engine: Engine, transfer_id: bytes, commit: Commit) -> None:
+    def _commit(self, engine: Engine, transfer_id: bytes, commit: Commit, num_groups: int) -> None:
         request = self.receiving.take(transfer_id)
         if request is None:
             return
         samples = first_samples(request, commit)
         request.num_cached_tokens = commit.cached_tokens
-        self._bridge.publish(engine.commit_choices(request, samples, has_kv=not commit.finished))
+        outputs = engine.commit_choices(request, samples, has_kv=not commit.finished, num_groups=num_groups)
+        self._bridge.publish(outputs)
 
     def failed(self, transfer_id: bytes, error: TandemError) -> None:
         """A transfer ended otherwise; the gateway may try elsewhere."""

@@ -47,8 +47,11 @@ class DraftCoverage:
             request.num_draft_computed_tokens = min(request.num_draft_computed_tokens, start)
 
     def arrive(self, request: Request, num_tokens: int) -> None:
-        """Draft KV of the leading tokens came from outside, for the blocks that were not cached."""
-        if request.num_draft_computed_tokens >= request.num_cached_tokens:
+        """Draft KV of the leading tokens came from outside, for the blocks that were not cached at admission.
+
+        To be called before others are published.
+        """
+        if request.num_draft_computed_tokens >= request.num_published_blocks * self._block_size:
             request.num_draft_computed_tokens = num_tokens
 
     def drop(self, block_id: int) -> None:

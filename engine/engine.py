@@ -78,17 +78,20 @@ class Engine:
         return output
 
     def commit_choices(
-        self, request: Request, samples: Mapping[int, Sample], *, has_kv: bool = True
+        self, request: Request, samples: Mapping[int, Sample], *, has_kv: bool = True, num_groups: int = 1
     ) -> list[StepOutput]:
         """`commit` with the next token of each of `request.samplers`, by choice.
 
         What the first token of a beam search is does not matter, its alternatives do. `has_kv=False`: all
-        choices end with these tokens, so that the KV did not come.
+        choices end with these tokens, so that the KV did not come. `num_groups`: KV groups that came; without
+        the draft's, it is computed here.
         """
         assert request.state is RequestState.RESERVED, request.state
         samplers = request.samplers
         if has_kv:
             request.num_computed_tokens = request.num_tokens
+            if num_groups > 1:
+                self.kv_cache.tables.draft_coverage.arrive(request, request.num_tokens)
             self.kv_cache.tables.publish(request)
         self._scheduler.commit(request)
         outputs = self._take([(sampler, samples[sampler.choice]) for sampler in samplers])

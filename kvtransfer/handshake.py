@@ -28,15 +28,21 @@ def answer(
     """The receiver's choices for this epoch.
 
     Takes the first of the sender's transports that this side has too. Raises Mismatch if the hello is meant
-    for another boot, if any KV fact differs (all are named), or if no transport is common.
+    for another boot, if a KV fact that matters differs (all are named), or if no transport is common.
     """
     if hello.receiver_boot_id != boot_id:
         raise Mismatch(f"boot {hello.receiver_boot_id} was wanted, this is boot {boot_id}")
-    facts.require_equal(hello.facts)
+    num_groups = facts.num_common_groups(hello.facts)
     common = [name for name in hello.transports if name in transports]
     if not common:
         raise Mismatch(f"transports: none of {list(transports)} in {list(hello.transports)}")
-    return Welcome(epoch=epoch, transport=common[0], frame_sizes=frame_sizes(slab_bytes), num_slabs=num_slabs)
+    return Welcome(
+        epoch=epoch,
+        transport=common[0],
+        frame_sizes=frame_sizes(slab_bytes),
+        num_slabs=num_slabs,
+        num_groups=num_groups,
+    )
 
 
 def require_usable(welcome: Welcome, hello: Hello, *, max_slab_bytes: int) -> None:
@@ -51,3 +57,5 @@ def require_usable(welcome: Welcome, hello: Hello, *, max_slab_bytes: int) -> No
         raise LinkViolation(f"slab of {sizes[0]} bytes, wanted {least} to {max_slab_bytes}")
     if not 1 <= welcome.num_slabs <= MAX_SLABS:
         raise LinkViolation(f"{welcome.num_slabs} slabs")
+    if not 1 <= welcome.num_groups <= len(facts.groups):
+        raise LinkViolation(f"{welcome.num_groups} groups of {len(facts.groups)}")

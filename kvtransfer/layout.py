@@ -1,6 +1,7 @@
 """What both ends of a link must agree on before a byte moves."""
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
+from itertools import takewhile
 
 from runtime.errors import Mismatch
 
@@ -49,21 +50,26 @@ class KvFacts:
     rope: str
     """Rotary embedding parameters as canonical JSON."""
     groups: tuple[KvGroup, ...]
-    """In the order of FrameHeader.group."""
+    """In the order of FrameHeader.group. The first is the target's; others, as a draft's, are worth having
+    but not needed."""
 
     def differences(self, other: "KvFacts") -> list[str]:
-        """Each differing field with both values, as in "block_size: 16 != 32"; empty if they agree."""
+        """Each differing field that matters with both values, as in "block_size: 16 != 32"."""
         found = _field_differences(self, other, prefix="", skip="groups")
-        if len(self.groups) != len(other.groups):
+        if not self.groups or not other.groups:
             return [*found, f"groups: {len(self.groups)} != {len(other.groups)}"]
-        for index, (ours, theirs) in enumerate(zip(self.groups, other.groups, strict=True)):
-            found += _field_differences(ours, theirs, prefix=f"groups[{index}].")
-        return found
+        return found + _field_differences(self.groups[0], other.groups[0], prefix="groups[0].")
 
-    def require_equal(self, other: "KvFacts") -> None:
-        """Raise Mismatch naming every field that differs."""
+    def num_common_groups(self, other: "KvFacts") -> int:
+        """Leading groups that are equal on both sides; Mismatch naming every field that must not differ."""
         if found := self.differences(other):
             raise Mismatch("the two workers' KV caches do not fit: " + "; ".join(found))
+        pairs = zip(self.groups, other.groups, strict=False)
+        return len(list(takewhile(lambda pair: pair[0] == pair[1], pairs)))
+
+    def with_groups(self, num_groups: int) -> "KvFacts":
+        """The same with the leading groups alone."""
+        return replace(self, groups=self.groups[:num_groups])
 
 
 def _field_differences(ours: object, theirs: object, *, prefix: str, skip: str = "") -> list[str]:

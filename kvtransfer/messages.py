@@ -20,12 +20,13 @@ class Hello:
 
 @dataclass(frozen=True, kw_only=True)
 class Welcome:
-    """The receiver's choices; frame sizes are bytes, largest first."""
+    """The receiver's choices; frame sizes are bytes, largest first; so many leading groups travel."""
 
     epoch: int
     transport: str
     frame_sizes: tuple[int, ...]
     num_slabs: int
+    num_groups: int = 1
 
 
 @dataclass(frozen=True, kw_only=True)

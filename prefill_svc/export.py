@@ -19,8 +19,8 @@ class Export:
     num_tokens: int
     """Tokens whose KV travels: the prompt and what earlier attempts emitted."""
     block_size: int
-    block_ids: tuple[int, ...] = ()
-    """Blocks of the sequence so far; replaced, never changed: a pump may be reading it."""
+    block_tables: tuple[tuple[int, ...], ...] = ()
+    """Per KV group the blocks of the sequence so far; replaced, never changed: a pump may be reading it."""
     computed: int = 0
     handed_over: int = 0
     continued: tuple[FirstToken, ...] = ()
@@ -37,11 +37,11 @@ class Export:
         """Blocks of the whole sequence; the last one may be partly filled."""
         return -(-self.num_tokens // self.block_size)
 
-    def advance(self, block_ids: tuple[int, ...], num_computed_tokens: int) -> None:
+    def advance(self, block_tables: tuple[tuple[int, ...], ...], num_computed_tokens: int) -> None:
         """The engine has computed so many tokens; a block is done when it is full or the sequence's last."""
         done = num_computed_tokens == self.num_tokens
         self.computed = self.total_blocks if done else num_computed_tokens // self.block_size
-        self.block_ids = block_ids
+        self.block_tables = block_tables
 
     def take(self) -> range:
         """Block positions that may travel now; each is given out once."""

@@ -129,6 +129,7 @@ class PrefillLink:
         self._unacknowledged: tuple[Unacknowledged, ...] = ()
         self._pump: SenderPump | None = None
         self._slab_bytes = 0
+        self._facts = parts.facts
 
     @property
     def is_open(self) -> bool:
@@ -156,8 +157,8 @@ class PrefillLink:
             return
         ready = export.take()
         if ready:
-            for group in range(len(self._parts.facts.groups)):
-                pieces = rectangles(self._parts.facts, group, ready.start, len(ready), self._slab_bytes)
+            for group in range(len(self._facts.groups)):
+                pieces = rectangles(self._facts, group, ready.start, len(ready), self._slab_bytes)
                 self._pump.enqueue(export.transfer_id, pieces)
         first_tokens = export.take_commit()
         if first_tokens is not None:
@@ -205,7 +206,8 @@ class PrefillLink:
     async def _serve(self, stream: ControlStream, repeated: tuple[Unacknowledged, ...]) -> None:
         welcome = await self._shake_hands(stream)
         transport = await open_transport(welcome.transport, 0, stream, self._parts.settings)
-        link = SenderLink(facts=self._parts.facts, welcome=welcome, clock=self._clock, ended=self._ended)
+        self._facts = self._parts.facts.with_groups(welcome.num_groups)
+        link = SenderLink(facts=self._facts, welcome=welcome, clock=self._clock, ended=self._ended)
         for action in link.adopt(repeated):
             stream.post(action.message)
         failure = Failure()
@@ -261,7 +263,8 @@ class PrefillLink:
         if export is None:
             return 0
         piece = frame.rectangle
-        block_ids = export.block_ids[piece.first_block : piece.first_block + piece.num_blocks]
+        table = export.block_tables[piece.group]
+        block_ids = table[piece.first_block : piece.first_block + piece.num_blocks]
         group = self._parts.engine.kv_cache.groups[piece.group]
         return ops.gather_blocks(group, block_ids, piece.first_layer, piece.num_layers, slab)
 

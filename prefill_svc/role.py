@@ -29,7 +29,7 @@ from worker.convert import FINISH_REASONS, to_request
 from worker.main import WorkerParts
 from worker.timeline import SEND
 
-Progress = tuple[AttemptKey, tuple[int, ...], int, int]
+Progress = tuple[AttemptKey, tuple[tuple[int, ...], ...], int, int]
 """An attempt, its block ids so far, how many of its tokens are computed, and how many were cached."""
 
 
@@ -102,10 +102,10 @@ class PrefillRole:
                 sampled[output.request.key].append(_first_token(output))
             else:
                 self._fail(output, output.error)
-        for key, block_ids, num_computed_tokens, cached_tokens in progress:
+        for key, block_tables, num_computed_tokens, cached_tokens in progress:
             export = self._exports.get(key)
             if export is not None:
-                export.advance(block_ids, num_computed_tokens)
+                export.advance(block_tables, num_computed_tokens)
                 if num_computed_tokens == export.num_tokens:
                     export.first_tokens = (*export.continued, *sampled[key])
                     export.cached_tokens = cached_tokens
@@ -156,8 +156,8 @@ class PrefillRole:
 
 def _progress(request: Request) -> Progress:
     assert isinstance(request.key, AttemptKey)
-    block_ids = tuple(request.block_tables[0])
-    return request.key, block_ids, request.num_computed_tokens, request.num_cached_tokens
+    block_tables = tuple(map(tuple, request.block_tables))
+    return request.key, block_tables, request.num_computed_tokens, request.num_cached_tokens
 
 
 def _first_token(output: StepOutput) -> FirstToken:

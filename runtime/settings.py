@@ -78,6 +78,12 @@ class EngineSettings(ProcessSettings):
     """What becomes of a running request whose KV blocks another one needs."""
     swap_space: str = "1GiB"
     """Host memory of one worker for the KV of preempted requests; 0: none."""
+    speculative: str = "auto"
+    """off, ngram, or draft:DIR for a draft model; auto: the draft inside the model's directory, if any."""
+    num_draft_tokens: Literal["auto"] | Annotated[int, Field(ge=0, le=64)] = "auto"
+    """Tokens drafted per request and step; auto: as many as pay, so that it is never slower than off."""
+    draft_acceptance: Literal["coupled", "rejection"] = "coupled"
+    """coupled: the tokens of speculation off; rejection: of the same distribution, whatever the seed."""
     threads: Count = 1
     """CPU threads of one worker's tensor operations."""
 

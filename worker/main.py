@@ -41,6 +41,8 @@ from worker.engine_thread import EngineThread, StepHandler
 from worker.grammar_intake import GrammarIntake
 from worker.membership import Membership
 from worker.metrics import WorkerMetrics
+from worker.speculation_metrics import SpeculationCollector
+from worker.speculative import parse_speculative
 from worker.timeline import Timelines
 
 logger = logging.getLogger(__name__)
@@ -99,6 +101,7 @@ async def serve(
 def _load_engine(settings: WorkerSettings) -> tuple[Engine, str]:
     torch.set_num_threads(settings.threads)
     path = resolve(settings.model, weights=True) if settings.model else bundled_model()
+    speculative, draft_model = parse_speculative(settings.speculative, path)
     config = EngineConfig(
         dtype=settings.dtype,
         max_model_len=settings.max_model_len,
@@ -110,6 +113,10 @@ def _load_engine(settings: WorkerSettings) -> tuple[Engine, str]:
         scheduling_policy=settings.scheduling_policy,
         preemption_mode=settings.preemption_mode,
         swap_space_bytes=parse_bytes(settings.swap_space, "--swap-space"),
+        speculative=speculative,
+        draft_model=draft_model,
+        num_draft_tokens=None if settings.num_draft_tokens == "auto" else settings.num_draft_tokens,
+        draft_acceptance=settings.draft_acceptance,
     )
     model = load_model(path, config, progress=_Progress(path))
     return Engine(config, model), file_hash(path / "tokenizer.json")
@@ -170,6 +177,7 @@ class Worker:
             ROLE_NAMES[kind], self._bridge.timelines, lambda: self._bridge.thread.busy_s
         )
         self._metrics.watch_prefix_cache(engine.prefix_cache_stats)
+        self._metrics.registry.register(SpeculationCollector(engine.speculation_stats))
         self._health = health.aio.HealthServicer()
 
     def _on_engine_death(self, reason: str) -> None:

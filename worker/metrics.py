@@ -97,7 +97,7 @@ class WorkerMetrics:
     def stepped(self, result: StepResult) -> None:
         """Count a step of the engine; on its thread."""
         self.steps.inc()
-        self.generation_tokens.inc(len(result.outputs))
+        self.generation_tokens.inc(sum(len(output.token_ids) for output in result.outputs))
         self.batch_size.observe(len(result.batch))
         self.batch_tokens.observe(sum(item.query_len for item in result.batch))
         self.prefill_tokens.inc(sum(map(_num_prompt_tokens, result.batch)))

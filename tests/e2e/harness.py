@@ -1,5 +1,6 @@
 """Starts the real thing for end-to-end tests: `tandem up` with real processes on free ports."""
 
+import json
 import os
 import re
 import signal
@@ -8,14 +9,18 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import httpx
 import psutil
 
+import tandem
+
 READY = re.compile(r"^ready http=(\S+) grpc=(\S+)$", re.MULTILINE)
 START_TIMEOUT_S = 90.0
 DEADLINE_S = 30.0
+MODEL = Path(tandem.__file__).parent / "demo_model"
 
 
 def eventually(probe: Callable[[], bool], timeout_s: float = DEADLINE_S, what: str = "condition") -> float:
@@ -26,6 +31,12 @@ def eventually(probe: Callable[[], bool], timeout_s: float = DEADLINE_S, what: s
             raise AssertionError(f"{what} did not hold within {timeout_s} s")
         time.sleep(0.01)
     return time.monotonic() - start
+
+
+def kv_bytes_per_token() -> int:
+    """Of the bundled model and its draft, which travels with it; KV is fp32 on a CPU."""
+    configs = [json.loads((folder / "config.json").read_text()) for folder in (MODEL, MODEL / "draft")]
+    return sum(2 * c["num_hidden_layers"] * c["num_key_value_heads"] * c["head_dim"] * 4 for c in configs)
 
 
 class Up:

@@ -1,20 +1,16 @@
 """The prefix cache in real processes: what travels, what is counted, and the same tokens without it."""
 
-import json
 import random
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
 
-import tandem
-from tests.e2e.harness import Up, eventually
+from tests.e2e.harness import Up, eventually, kv_bytes_per_token
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(180)]
 
 BLOCK_SIZE = 16
-MODEL = Path(tandem.__file__).parent / "demo_model"
 
 
 @pytest.fixture(scope="module")
@@ -23,13 +19,6 @@ def uncached() -> Iterator[Up]:
     up = Up("--no-prefix-cache")
     yield up
     up.stop()
-
-
-def block_bytes() -> int:
-    config = json.loads((MODEL / "config.json").read_text())
-    return (
-        2 * config["num_hidden_layers"] * config["num_key_value_heads"] * config["head_dim"] * 4 * BLOCK_SIZE
-    )
 
 
 def fresh_prompt(num_tokens: int) -> list[int]:
@@ -57,7 +46,7 @@ class Talk:
         before = self._moved()
         answer = self.up.complete(prompt, max_tokens=max_tokens, **self.options)
         cached = answer["usage"]["prompt_tokens_details"]["cached_tokens"]
-        moved = (self._moved() - before) / block_bytes()
+        moved = (self._moved() - before) / (BLOCK_SIZE * kv_bytes_per_token())
         return answer["choices"][0]["token_ids"], cached, moved
 
 

@@ -10,7 +10,7 @@ import openai
 import pytest
 
 import tandem
-from tests.e2e.harness import Up, eventually
+from tests.e2e.harness import Up, eventually, kv_bytes_per_token
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(180)]
 
@@ -107,8 +107,6 @@ def test_every_face_gives_the_same_text(split: Up) -> None:
 
 @pytest.mark.parametrize("num_tokens", [1, 16, 17, 100])
 def test_transfer_moves_exactly_the_prompts_blocks(split: Up, num_tokens: int) -> None:
-    config = json.loads((MODEL / "config.json").read_text())
-    token_bytes = 2 * config["num_hidden_layers"] * config["num_key_value_heads"] * config["head_dim"] * 4
     name = "tandem_kv_transfer_bytes_total"
 
     def moved(role: str) -> float:
@@ -117,7 +115,7 @@ def test_transfer_moves_exactly_the_prompts_blocks(split: Up, num_tokens: int) -
     before = moved("prefill"), moved("decode")
     prompt = [random.randrange(3, 4000) for _ in range(num_tokens)]
     split.complete(prompt, max_tokens=3, ignore_eos=True, temperature=0)
-    expected = -(-num_tokens // 16) * 16 * token_bytes
+    expected = -(-num_tokens // 16) * 16 * kv_bytes_per_token()
     assert moved("prefill") - before[0] == expected
     assert moved("decode") - before[1] == expected
 

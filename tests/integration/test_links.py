@@ -191,7 +191,7 @@ async def test_blocks_arrive_chunk_by_chunk_and_commit() -> None:
         )
         both.senders.add(both.peer, item)
         for computed in (6, 10):
-            item.advance((7, 2, 9), computed)
+            item.advance(((7, 2, 9),), computed)
             both.senders.advance(item)
         item.first_tokens = (FirstToken(choice=0, token_id=5),)
         both.senders.advance(item)
@@ -246,7 +246,7 @@ async def test_cancel_before_the_commit_frees_the_link_for_others(known: bool) -
         both.senders.add(both.peer, item)
         both.senders.cancel(item, "given up")
         both.senders.add(both.peer, other)
-        other.advance((3,), 4)
+        other.advance(((3,),), 4)
         other.first_tokens = (FirstToken(choice=0, token_id=5),)
         both.senders.advance(other)
         assert [await outcome(both.owner) for _ in range(2)] == [("sent", ""), ("committed", "")]

@@ -96,16 +96,18 @@ class Hello(_message.Message):
     def __init__(self, sender: _Optional[_Union[_common_pb2.WorkerIdentity, _Mapping]] = ..., receiver_boot_id: _Optional[str] = ..., stage: _Optional[int] = ..., sender_rank: _Optional[int] = ..., receiver_rank: _Optional[int] = ..., facts: _Optional[_Union[KvFacts, _Mapping]] = ..., transports: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class Welcome(_message.Message):
-    __slots__ = ("epoch", "transport", "frame_sizes", "num_slabs")
+    __slots__ = ("epoch", "transport", "frame_sizes", "num_slabs", "num_groups")
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     TRANSPORT_FIELD_NUMBER: _ClassVar[int]
     FRAME_SIZES_FIELD_NUMBER: _ClassVar[int]
     NUM_SLABS_FIELD_NUMBER: _ClassVar[int]
+    NUM_GROUPS_FIELD_NUMBER: _ClassVar[int]
     epoch: int
     transport: str
     frame_sizes: _containers.RepeatedScalarFieldContainer[int]
     num_slabs: int
-    def __init__(self, epoch: _Optional[int] = ..., transport: _Optional[str] = ..., frame_sizes: _Optional[_Iterable[int]] = ..., num_slabs: _Optional[int] = ...) -> None: ...
+    num_groups: int
+    def __init__(self, epoch: _Optional[int] = ..., transport: _Optional[str] = ..., frame_sizes: _Optional[_Iterable[int]] = ..., num_slabs: _Optional[int] = ..., num_groups: _Optional[int] = ...) -> None: ...
 
 class Rendezvous(_message.Message):
     __slots__ = ("blob",)

@@ -4,6 +4,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from engine.request import FinishReason, RequestState
+from engine.sampler import Sample
 
 PROMPT_LENS = (1, 3, 4, 5, 16, 17, 30, 41)
 DRAFTS = [
@@ -206,3 +207,27 @@ def test_the_proposer_never_decides_what_is_emitted(make_engine, make_request):
     proposer._module = type("Broken", (), {"forward": proposer._module.forward, "logits": None})()
     proposer._module.logits = lambda hidden: torch.full_like(logits(hidden), torch.nan)
     assert engine.run(*map(make_request, PROMPT_LENS)) == undisturbed
+
+
+def test_a_draft_whose_kv_came_with_the_transfer_starts_at_once(make_engine, make_request):
+    config = {"speculative": "draft", "num_draft_tokens": 4, "num_blocks": 128}
+    (undisturbed,) = make_engine(num_blocks=128).run(make_request(21, temperature=0.0))
+    for num_groups in (1, 2):
+        prefill, decode = make_engine(**config), make_engine(**config)
+        source, target = (
+            make_request(21, temperature=0.0, prefill_only=True),
+            make_request(21, temperature=0.0),
+        )
+        prefill.submit(source)
+        assert decode.reserve(target)
+        (output,) = prefill.step().outputs
+        for group in range(num_groups):
+            ours, theirs = prefill.kv_cache.groups[group], decode.kv_cache.groups[group]
+            theirs[:, :, target.block_tables[group]] = ours[:, :, source.block_tables[group]]
+        (first,) = output.token_ids
+        decode.commit_choices(target, {0: Sample(first)}, num_groups=num_groups)
+        assert target.num_draft_computed_tokens == (21 if num_groups == 2 else 0)
+        while decode.has_work():
+            decode.step()
+        assert target.output_token_ids == undisturbed
+        assert decode.speculation_stats.accepted_tokens > 0

@@ -54,7 +54,20 @@ def test_differences_name_every_field_with_both_values():
         "groups[0].head_dim: 8 != 4",
         "groups[0].dtype: float32 != bfloat16",
     ]
-    assert FACTS.differences(replace(FACTS, groups=(GROUP, GROUP))) == ["groups: 1 != 2"]
+    assert FACTS.differences(replace(FACTS, groups=())) == ["groups: 1 != 0"]
+
+
+def test_leading_groups_that_both_sides_have_travel():
+    draft = replace(GROUP, name="draft-1", num_layers=1)
+    both, other = (
+        replace(FACTS, groups=(GROUP, draft)),
+        replace(FACTS, groups=(GROUP, replace(draft, name="x"))),
+    )
+    for ours, theirs, num_groups in ((both, both, 2), (both, FACTS, 1), (FACTS, both, 1), (both, other, 1)):
+        welcome = handshake.answer(replace(HELLO, facts=theirs), **{**CHOICES, "facts": ours})
+        assert welcome.num_groups == num_groups
+        handshake.require_usable(welcome, replace(HELLO, facts=theirs), max_slab_bytes=8192)
+        assert ours.with_groups(num_groups) == theirs.with_groups(num_groups)
 
 
 def test_an_answer_takes_the_senders_first_common_transport():
@@ -92,6 +105,8 @@ def test_a_mismatch_names_what_differs(change, named):
         {"frame_sizes": tuple(range(8192, 8192 - 17, -1))},
         {"num_slabs": 0},
         {"num_slabs": 1 << 31},
+        {"num_groups": 0},
+        {"num_groups": 2},
     ],
 )
 def test_a_sender_refuses_an_absurd_welcome(change):

@@ -26,7 +26,7 @@ def test_a_partly_filled_block_waits_for_its_chunk() -> None:
     item = export(50)
     taken = []
     for computed in (10, 20, 47, 48, 50):
-        item.advance((9, 8, 7, 6), computed)
+        item.advance(((9, 8, 7, 6),), computed)
         taken.append(list(item.take()))
     assert taken == [[], [0], [1], [2], [3]]
 
@@ -34,7 +34,7 @@ def test_a_partly_filled_block_waits_for_its_chunk() -> None:
 def test_commit_comes_once_and_after_the_last_block() -> None:
     item = export(20)
     item.first_tokens = (TOKEN,)
-    item.advance((1, 2), 20)
+    item.advance(((1, 2),), 20)
     assert item.take_commit() is None
     item.take()
     assert item.take_commit() == (TOKEN,)
@@ -51,6 +51,6 @@ def test_one_choice_that_goes_on_needs_all_blocks() -> None:
     item = export(20)
     item.first_tokens = (LAST, FirstToken(choice=1, token_id=6))
     assert item.take_commit() is None
-    item.advance((1, 2), 20)
+    item.advance(((1, 2),), 20)
     item.take()
     assert item.take_commit() == (LAST, FirstToken(choice=1, token_id=6))
