@@ -14,7 +14,7 @@ from collections.abc import Callable
 from typing import Protocol
 
 from engine.engine import Engine, StepResult
-from runtime.clock import SystemClock
+from runtime.clock import Clock, SystemClock
 
 logger = logging.getLogger(__name__)
 
@@ -36,14 +36,20 @@ class StepHandler(Protocol):
 class EngineThread:
     """Runs an engine; owns it from `start` to `stop`."""
 
-    def __init__(self, engine: Engine, handler: StepHandler, on_death: Callable[[str], None]) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        handler: StepHandler,
+        on_death: Callable[[str], None],
+        clock: Clock | None = None,
+    ) -> None:
         self._engine = engine
         self._handler = handler
         self._on_death = on_death
         self._inbox: queue.SimpleQueue[Command | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._stopping = False
-        self._clock = SystemClock()
+        self._clock = clock or SystemClock()
         self.num_steps = 0
         self.busy_s = 0.0
         """Seconds in which this thread had something to do; any thread may read it."""

@@ -1,6 +1,8 @@
 """Spans from timestamps, contexts that travel, and what the environment decides."""
 
+import socket
 import sys
+import time
 
 import pytest
 from hypothesis import given
@@ -155,3 +157,14 @@ def test_histograms_arrive_with_their_boundaries(environment: pytest.MonkeyPatch
         [0.1, 0.2],
         [0, 1, 0],
     )
+
+
+def test_a_collector_that_never_answers_delays_no_exit(environment: pytest.MonkeyPatch) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        environment.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", f"http://127.0.0.1:{silent.getsockname()[1]}")
+        environment.setenv("OTEL_EXPORTER_OTLP_TIMEOUT", "1")
+        tracer = open_tracer("tandem-test", "one")
+        tracer.span("request", 1.0, "").end(2.0)
+        start_s = time.perf_counter()
+        tracer.close(0.05)
+        assert time.perf_counter() - start_s < 1.0

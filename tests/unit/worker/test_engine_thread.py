@@ -1,9 +1,11 @@
 """The engine thread with a fake engine: order of commands and steps, sleep, death."""
 
+import queue
 import threading
 
 import pytest
 
+from runtime.clock import ManualClock
 from worker.engine_thread import EngineThread
 
 
@@ -83,3 +85,31 @@ def test_an_error_in_a_step_is_the_death_of_the_worker(parts) -> None:
     thread.post(breaks)
     assert died.wait(5)
     assert deaths == ["engine: ZeroDivisionError"]
+
+
+def test_only_work_counts_as_busy() -> None:
+    """The wait for a command does not, however long it is; the commands and the steps do."""
+    clock, engine = ManualClock(), FakeEngine()
+
+    class Inbox:
+        def get(self, block: bool) -> object:
+            clock.advance(100 if block else 0)
+            return work
+
+        def get_nowait(self) -> object:
+            raise queue.Empty
+
+    class Slow(Handler):
+        def on_step(self, engine: FakeEngine, result: object) -> None:
+            clock.advance(2)
+
+    def work(engine: FakeEngine) -> None:
+        clock.advance(1)
+        engine.work += 2
+
+    thread = EngineThread(engine, Slow(), lambda reason: None, clock)
+    thread._inbox = Inbox()
+    thread._step()
+    assert (thread.num_steps, thread.busy_s) == (1, 3)
+    thread._step()  # there is work: it does not wait
+    assert (thread.num_steps, thread.busy_s, clock.now()) == (2, 6, 106)

@@ -9,8 +9,8 @@ from protos.tandem.v1 import common_pb2 as pb
 from runtime.clock import ManualClock, unix_ns
 from runtime.tracing import Span, Tracer
 from tests.fakes.sink import ListSink
-from worker.prefill_watch import Mark, PrefillWatch
-from worker.timeline import COMPUTE, GENERATE, RECEIVE, RESERVE, SEND, Stage, Timeline, Timelines
+from worker.prefill_watch import Mark, PrefillWatch, enter
+from worker.timeline import COMPUTE, GENERATE, QUEUE, RECEIVE, RESERVE, SEND, Stage, Timeline, Timelines
 
 PARENT = "00-" + "ab" * 16 + "-" + "cd" * 8 + "-01"
 
@@ -131,3 +131,14 @@ def test_a_prompt_is_computed_from_its_first_chunk_to_its_first_token() -> None:
     assert watch.on_step(step("abc"), 2, 3) == []
     assert watch.on_step(step("ab", "ab"), 3, 4) == [Mark("b", 1, 4)]
     assert watch.on_step(step("ab", "ab"), 4, 5) == []
+
+
+def test_a_worker_that_prefills_for_itself_generates_next() -> None:
+    made = Made()
+    made.open()
+    made.timelines.begin("key", QUEUE)
+    enter(made.timelines, [Mark("key", 101, None)], GENERATE)
+    assert made.timelines.in_stages() == {COMPUTE: 1}
+    enter(made.timelines, [Mark("key", 101, 103)], GENERATE)
+    assert made.timelines.in_stages() == {GENERATE: 1}
+    assert made.stages == [(QUEUE, 1), (COMPUTE, 2)]
