@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import grpc.aio
 
 from gateway.attempt import Source
+from gateway.choices import choices_to_end
 from protos.tandem.v1 import common_pb2 as pb
 from protos.tandem.v1 import decode_pb2, decode_pb2_grpc, prefill_pb2, prefill_pb2_grpc
 from runtime import rpc
@@ -89,6 +90,7 @@ class AttachClient:
         self._gateway_id = gateway_id
         self._on_dropped = on_dropped
         self._live: dict[tuple[int, int], Inbox] = {}
+        self._going_on: dict[tuple[int, int], set[int]] = {}
         self._uncomputed: dict[tuple[int, int], int] = {}
         self._outgoing: deque[pb.AttachCommand] = deque()
         self._wake = asyncio.Event()
@@ -116,6 +118,7 @@ class AttachClient:
             )
         key = (submit.request, submit.attempt)
         self._live[key] = inbox
+        self._going_on[key] = choices_to_end(submit)
         self._uncomputed[key] = max(len(submit.prompt_token_ids) - num_cached_tokens, 0)
         self._send(pb.AttachCommand(submit=submit))
 
@@ -171,12 +174,20 @@ class AttachClient:
             self._uncomputed.pop((frame.request, frame.attempt), None)
             inbox.put(Arrival(self.source, frame.attempt, frame))
         for end in event.ends:
-            inbox = self._forget((end.request, end.attempt))
+            inbox = self._ended((end.request, end.attempt), end)
             if inbox is not None:
                 inbox.put(Arrival(self.source, end.attempt, end))
 
+    def _ended(self, key: tuple[int, int], end: pb.AttemptEnd) -> Inbox | None:
+        """The Inbox of an attempt, which is forgotten with the end of its last choice or of the whole."""
+        going_on = self._going_on.get(key, set())
+        going_on.discard(end.finished.choice)
+        is_choice = end.WhichOneof("outcome") == "finished"
+        return self._live.get(key) if is_choice and going_on else self._forget(key)
+
     def _forget(self, key: tuple[int, int]) -> Inbox | None:
         self._uncomputed.pop(key, None)
+        self._going_on.pop(key, None)
         return self._live.pop(key, None)
 
     def _send(self, command: pb.AttachCommand) -> None:
@@ -202,6 +213,7 @@ class AttachClient:
         """Nothing is filed without a stream, and only live attempts count as uncomputed."""
         assert self.connected or not self._live
         assert self._uncomputed.keys() <= self._live.keys()
+        assert self._going_on.keys() == self._live.keys()
 
 
 async def _next_event(call: Any) -> pb.AttachEvent | None:

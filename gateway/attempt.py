@@ -3,12 +3,13 @@
 1. `begin` opens an attempt; only its frames count from here on, older ones are dropped and counted.
 2. `on_frame` returns the tokens that nobody has seen yet. In a split attempt both workers send token 0,
    in either order; a frame that would leave a gap fails the attempt.
-3. `on_end` and `on_lost` lead to `outcome`: Finished or Failed. Once the decode worker has spoken it has
-   the whole request, and nothing that happens to the prefill worker matters.
+3. `on_end` and `on_lost` lead to the end of each choice, or to `failed`. Once the decode worker has spoken
+   it has the whole request, and nothing that happens to the prefill worker matters.
 """
 
 import enum
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from protos.tandem.v1 import common_pb2 as pb
@@ -41,12 +42,16 @@ class NewTokens(NamedTuple):
     token_ids: Sequence[int]
     logprobs: Sequence[pb.TokenLogprob]
 
+    def followed_by(self, other: "NewTokens") -> "NewTokens":
+        """Both, in order."""
+        return NewTokens([*self.token_ids, *other.token_ids], [*self.logprobs, *other.logprobs])
+
 
 NOTHING = NewTokens((), ())
 
 
 class Finished(NamedTuple):
-    """The generation is complete."""
+    """A choice is complete."""
 
     reason: pb.FinishReason
     stop_token_id: int | None
@@ -61,94 +66,125 @@ class Failed(NamedTuple):
     """The worker broke down, rather than saying no."""
 
 
+@dataclass(slots=True)
+class ChoiceProgress:
+    """One choice of the request, across attempts."""
+
+    emitted: list[int] = field(default_factory=list)
+    finished: Finished | None = None
+    decode_spoke: bool = False
+    """The decode worker of this attempt has sent tokens."""
+    early_finish: Finished | None = None
+    """The decode worker's word, while token 0 is still on its way from the prefill worker."""
+
+
 class Progress:
     """The output of one request so far and the state of its current attempt."""
 
-    def __init__(self) -> None:
-        self.emitted: list[int] = []
+    def __init__(self, num_choices: int = 1) -> None:
+        self.choices = [ChoiceProgress() for _ in range(num_choices)]
         self.attempt = -1
         self.cached_tokens = 0
         self.dropped_frames = 0
-        self.outcome: Finished | Failed | None = None
+        self.failed: Failed | None = None
+        """The current attempt is over without a result."""
         self.open: set[Source] = set()
         """Workers of this attempt that have not ended it: they must be told if it is given up."""
-        self._decode_spoke = False
-        self._early_finish: Finished | None = None
+
+    @property
+    def num_emitted(self) -> int:
+        """Tokens of all choices."""
+        return sum(len(choice.emitted) for choice in self.choices)
+
+    @property
+    def is_over(self) -> bool:
+        """Nothing more comes of this attempt: it has failed, or every choice has ended."""
+        return self.failed is not None or all(choice.finished for choice in self.choices)
 
     def begin(self, *, split: bool) -> int:
         """Open the next attempt; returns its number. `split`: a prefill worker takes part."""
         self.attempt += 1
-        self.outcome = None
+        self.failed = None
         self.open = {Source.PREFILL, Source.DECODE} if split else {Source.DECODE}
-        self._decode_spoke = False
-        self._early_finish = None
+        for choice in self.choices:
+            choice.decode_spoke, choice.early_finish = False, None
         return self.attempt
 
     def on_frame(self, source: Source, frame: pb.TokenFrame) -> NewTokens:
         """The unseen suffix of a frame."""
-        if frame.attempt != self.attempt or frame.choice != 0 or self.outcome is not None:
+        if frame.attempt != self.attempt or frame.choice >= len(self.choices) or self.is_over:
             self.dropped_frames += 1
             return NOTHING
-        num_seen = len(self.emitted) - frame.start_index
+        choice = self.choices[frame.choice]
+        if choice.finished is not None:
+            return NOTHING
+        num_seen = len(choice.emitted) - frame.start_index
         if num_seen < 0:
             self._fail(source, f"a gap before token {frame.start_index}")
             return NOTHING
-        if list(frame.token_ids[:num_seen]) != self.emitted[frame.start_index :][: len(frame.token_ids)]:
+        if list(frame.token_ids[:num_seen]) != choice.emitted[frame.start_index :][: len(frame.token_ids)]:
             self._fail(source, f"other tokens at {frame.start_index} than before")
             return NOTHING
-        self._decode_spoke |= source is Source.DECODE
+        choice.decode_spoke |= source is Source.DECODE
         self.cached_tokens = max(self.cached_tokens, frame.cached_tokens)
         new = NewTokens(frame.token_ids[num_seen:], frame.logprobs[num_seen:])
-        self.emitted += new.token_ids
+        choice.emitted += new.token_ids
         return new
 
     def on_end(self, source: Source, end: pb.AttemptEnd) -> None:
-        """A worker ended its part."""
-        if end.attempt != self.attempt or self.outcome is not None:
+        """A worker ended its part, or a choice."""
+        if end.attempt != self.attempt or self.is_over:
             return
-        self.open.discard(source)
         match end.WhichOneof("outcome"):
             case "finished":
                 self._on_finished(source, end.finished)
             case "failed":
+                self.open.discard(source)
                 self._on_failed(source, _to_error(end.failed), worker_lost=False)
             case _:
-                self.outcome = self._early_finish
+                self.open.discard(source)
+                for choice in self.choices:
+                    choice.finished = choice.finished or choice.early_finish
 
     def on_lost(self, source: Source, attempt: int, error: TandemError) -> None:
         """A worker of this attempt is gone, or its stream is."""
-        if attempt == self.attempt and source in self.open and self.outcome is None:
+        if attempt == self.attempt and source in self.open and not self.is_over:
             self.open.discard(source)
             self._on_failed(source, error, worker_lost=True)
 
     def _on_finished(self, source: Source, finished: pb.ChoiceFinished) -> None:
         if finished.reason not in (pb.FINISH_REASON_STOP, pb.FINISH_REASON_LENGTH):
+            self.open.discard(source)
             error = Internal(
                 "the worker gave the request up", retryable=finished.reason == pb.FINISH_REASON_ABORT
             )
             self._on_failed(source, error, worker_lost=False)
-            return
-        stop_token_id = finished.stop_token_id if finished.HasField("stop_token_id") else None
-        outcome = Finished(finished.reason, stop_token_id)
-        if source is Source.DECODE and not self._decode_spoke and Source.PREFILL in self.open:
-            # Token 0 ended the choice and is still on its way from the prefill worker.
-            self._early_finish = outcome
+        elif finished.choice >= len(self.choices):
+            self._fail(source, f"there is no choice {finished.choice}")
         else:
-            self.outcome = outcome
+            stop_token_id = finished.stop_token_id if finished.HasField("stop_token_id") else None
+            self._finish(source, self.choices[finished.choice], Finished(finished.reason, stop_token_id))
+
+    def _finish(self, source: Source, choice: ChoiceProgress, finished: Finished) -> None:
+        if source is Source.DECODE and not choice.decode_spoke and Source.PREFILL in self.open:
+            # Token 0 ended the choice and is still on its way from the prefill worker.
+            choice.early_finish = finished
+        else:
+            choice.finished = choice.finished or finished
 
     def _on_failed(self, source: Source, error: TandemError, *, worker_lost: bool) -> None:
-        if source is Source.PREFILL and self._decode_spoke:
+        if source is Source.PREFILL and any(choice.decode_spoke for choice in self.choices):
             return
-        self.outcome = Failed(error, source, worker_lost)
+        self.failed = Failed(error, source, worker_lost)
 
     def _fail(self, source: Source, message: str) -> None:
-        self.outcome = Failed(Internal(message, retryable=True), source, worker_lost=False)
+        self.failed = Failed(Internal(message, retryable=True), source, worker_lost=False)
 
     def check(self) -> None:
         """What holds between any two arrivals."""
         assert self.attempt >= -1
-        assert not (isinstance(self.outcome, Finished) and self.attempt < 0)
-        assert self._early_finish is None or not self._decode_spoke
+        assert self.attempt >= 0 or not self.is_over
+        assert not any(choice.early_finish and choice.decode_spoke for choice in self.choices)
 
 
 def _to_error(failed: pb.AttemptFailed) -> TandemError:

@@ -15,6 +15,7 @@ from contextlib import aclosing, contextmanager
 from dataclasses import dataclass, field, replace
 
 from gateway.admission import Admission
+from gateway.choices import ChoiceOutputs, best, is_ranked, is_streamable, num_generated
 from gateway.fleet import Fleet
 from gateway.grammar_check import GrammarCheck
 from gateway.metrics import GatewayMetrics, RequestMeter
@@ -33,7 +34,7 @@ from gateway.validation import (
 )
 from protos.tandem.v1 import common_pb2 as pb
 from runtime.clock import SystemClock
-from runtime.errors import AlreadyExists, Cancelled, TandemError, Unavailable
+from runtime.errors import AlreadyExists, Cancelled, InvalidRequest, TandemError, Unavailable
 from runtime.grammars import Grammar
 
 logger = logging.getLogger(__name__)
@@ -234,6 +235,11 @@ class Flow:
             default_max_tokens=asked.default_max_tokens,
             names=asked.names,
         )
+        if asked.origin.stream and not is_streamable(sampling):
+            raise InvalidRequest(
+                "best_of above n and beam search cannot be streamed: their choices are known at the end",
+                field="stream",
+            )
         await self._check_grammar(sampling.structured_output, asked.names)
         live.trace.asked(asked.sampling)
         left_s = live.arrived_s + min(asked.timeout_s, self._request_timeout_s) - self._clock.now()
@@ -247,6 +253,7 @@ class Flow:
             priority=asked.priority,
             cache_salt=asked.cache_salt,
             traceparent=live.trace.traceparent,
+            with_logprobs=asked.sampling.HasField("logprobs"),
         )
 
     async def _check_grammar(self, output: pb.StructuredOutput, names: Mapping[str, str]) -> None:
@@ -260,9 +267,11 @@ class Flow:
         """The admitted request; its first delta names the prompt's token ids."""
         facts = self.fleet.registry.facts
         eos_ids = facts.eos_token_ids if facts else ()
+        sampling, vocabulary = request.sampling, self.model.tokenizer.vocabulary
+        outputs = [TextOutput(vocabulary, sampling, eos_ids) for _ in range(num_generated(sampling))]
         live.run = RequestRun(
             request,
-            TextOutput(self.model.tokenizer.vocabulary, request.sampling, eos_ids),
+            ChoiceOutputs(outputs, len(request.prompt_token_ids)),
             self.fleet,
             self._metrics,
             live.trace,
@@ -274,7 +283,10 @@ class Flow:
             self._metrics, live.arrived_s, len(request.prompt_token_ids), live.trace.exemplar
         )
         prompt_token_ids = request.prompt_token_ids
-        async with aclosing(live.run.deltas()) as deltas:
+        deltas = live.run.deltas()
+        if is_ranked(sampling):
+            deltas = best(deltas, sampling.n, with_logprobs=request.with_logprobs)
+        async with aclosing(deltas):
             async for delta in deltas:
                 now_s = self._clock.now()
                 meter.on_tokens(now_s, len(delta.token_ids))

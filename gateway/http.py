@@ -23,8 +23,8 @@ from gateway.exchange import (
     with_request_id,
 )
 from gateway.flow import Flow, Generation
-from gateway.openai_answer import Answer, join
-from gateway.output import Delta
+from gateway.openai_answer import Answer
+from gateway.output import Delta, join
 from gateway.prompts import tokenize
 from gateway.tracing import Origin
 from gateway.validation import check_prompt
@@ -141,7 +141,7 @@ def _generation(request: Request, asked: openai.ApiRequest, request_id: str) -> 
     )
 
 
-async def _collect(deltas: AsyncGenerator[Delta, None]) -> Delta:
+async def _collect(deltas: AsyncGenerator[Delta, None]) -> list[Delta]:
     async with aclosing(deltas):
         return join([delta async for delta in deltas])
 

@@ -30,6 +30,8 @@ INT_FIELDS: Mapping[str, tuple[int, int]] = {
     "prompt_logprobs": UINT32,
     "top_k": INT32,
     "seed": INT64,
+    "n": UINT32,
+    "best_of": UINT32,
 }
 FLOAT_FIELDS = (
     "temperature",
@@ -39,12 +41,21 @@ FLOAT_FIELDS = (
     "repetition_penalty",
     "presence_penalty",
     "frequency_penalty",
+    "length_penalty",
 )
-BOOL_FIELDS = ("ignore_eos", "include_stop_str_in_output")
+BOOL_FIELDS = ("ignore_eos", "include_stop_str_in_output", "use_beam_search")
+
+EARLY_STOPPING: Mapping[Any, pb.EarlyStopping] = {
+    False: pb.EARLY_STOPPING_UNSPECIFIED,
+    True: pb.EARLY_STOPPING_WHEN_ENOUGH,
+    "never": pb.EARLY_STOPPING_NEVER,
+}
+"""As in transformers."""
 
 COMMON_FIELDS = frozenset(
     {*INT_FIELDS, *FLOAT_FIELDS, *BOOL_FIELDS}
     | {"model", "stream", "stream_options", "stop", "stop_token_ids", "logit_bias", "logprobs"}
+    | {"early_stopping"}
     | {*STRUCTURED_FIELDS, "allowed_token_ids", "bad_words", "return_token_ids", "request_id", "priority"}
     | {"cache_salt"}
 )
@@ -56,8 +67,6 @@ HARMLESS_FIELDS = frozenset(
 """Accepted: they do not change the output."""
 
 ONLY_VALUES: Mapping[str, tuple[Any, ...]] = {
-    "n": (1,),
-    "best_of": (1,),
     "echo": (False,),
     "suffix": ("",),
     "tools": ([],),
@@ -68,8 +77,6 @@ ONLY_VALUES: Mapping[str, tuple[Any, ...]] = {
     "spaces_between_special_tokens": (True,),
     "add_generation_prompt": (True,),
     "continue_final_message": (False,),
-    "use_beam_search": (False,),
-    "length_penalty": (1,),
 }
 """Known fields of which only the neutral values are supported."""
 
@@ -209,6 +216,7 @@ def _sampling(body: Body) -> tuple[pb.SamplingParams, dict[str, str]]:
             setattr(sampling, name, value)
     for name in BOOL_FIELDS:
         setattr(sampling, name, get_bool(body, name, default=False))
+    sampling.early_stopping = _early_stopping(body)
     sampling.stop.extend(_stops(body))
     if body.get("stop_token_ids") is not None:
         sampling.stop_token_ids.extend(get_token_ids(body, "stop_token_ids"))
@@ -224,6 +232,16 @@ def _sampling(body: Body) -> tuple[pb.SamplingParams, dict[str, str]]:
         return sampling, {}
     sampling.structured_output.CopyFrom(structured[1])
     return sampling, {"structured_output": structured[0]}
+
+
+def _early_stopping(body: Body) -> pb.EarlyStopping:
+    value = body.get("early_stopping")
+    for known, rule in EARLY_STOPPING.items():
+        if type(value) is type(known) and value == known:
+            return rule
+    if value is not None:
+        raise InvalidRequest('early_stopping must be true, false or "never"', field="early_stopping")
+    return pb.EARLY_STOPPING_UNSPECIFIED
 
 
 def _prompt(body: Body) -> str | list[int]:

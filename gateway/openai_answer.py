@@ -5,6 +5,7 @@ the choice of a completion and at the top of a chat answer, in a stream on the f
 """
 
 import time
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -46,12 +47,13 @@ class Answer:
             "model": model,
             "system_fingerprint": None,
         }
-        self._started = False
-        self._text_offset = 0
+        self._started: set[int] = set()
+        self._text_offsets: Counter[int] = Counter()
 
     def chunk(self, delta: Delta) -> dict[str, Any] | None:
         """One chunk of a stream; None if there is nothing to say yet."""
-        is_first, self._started = not self._started, True
+        is_first = delta.choice not in self._started
+        self._started.add(delta.choice)
         if not self._is_worth_sending(delta, is_first):
             return None
         choice = self._choice(delta)
@@ -61,7 +63,7 @@ class Answer:
         else:
             choice["text"] = delta.text
         chunk = self._body("chat.completion.chunk" if self._is_chat else "text_completion", [choice])
-        if self._request.return_token_ids and is_first:
+        if self._request.return_token_ids and delta.prompt_token_ids:
             (chunk if self._is_chat else choice)["prompt_token_ids"] = list(delta.prompt_token_ids)
         if self._request.include_usage:
             chunk["usage"] = None
@@ -72,21 +74,27 @@ class Answer:
         kind = "chat.completion.chunk" if self._is_chat else "text_completion"
         return self._body(kind, []) | {"usage": usage_json(usage)}
 
-    def whole(self, delta: Delta) -> dict[str, Any]:
-        """The whole answer from all deltas joined into one."""
+    def whole(self, deltas: Sequence[Delta]) -> dict[str, Any]:
+        """The whole answer from the deltas of each choice joined into one."""
+        choices = [self._whole_choice(delta) for delta in deltas]
+        body = self._body("chat.completion" if self._is_chat else "text_completion", choices)
+        if self._request.return_token_ids and self._is_chat:
+            body["prompt_token_ids"] = list(deltas[0].prompt_token_ids)
+        if self._request.sampling.HasField("prompt_logprobs") and self._is_chat:
+            body["prompt_logprobs"] = self._prompt_logprobs(deltas[0])
+        if (usage := deltas[-1].usage) is not None:
+            body["usage"] = usage_json(usage)
+        return body
+
+    def _whole_choice(self, delta: Delta) -> dict[str, Any]:
         choice = self._choice(delta)
         if self._is_chat:
-            choice["message"] = {"role": "assistant", "content": delta.text, "refusal": None}
-        else:
-            choice["text"] = delta.text
-        body = self._body("chat.completion" if self._is_chat else "text_completion", [choice])
+            return choice | {"message": {"role": "assistant", "content": delta.text, "refusal": None}}
         if self._request.return_token_ids:
-            (body if self._is_chat else choice)["prompt_token_ids"] = list(delta.prompt_token_ids)
+            choice["prompt_token_ids"] = list(delta.prompt_token_ids)
         if self._request.sampling.HasField("prompt_logprobs"):
-            (body if self._is_chat else choice)["prompt_logprobs"] = self._prompt_logprobs(delta)
-        if delta.usage is not None:
-            body["usage"] = usage_json(delta.usage)
-        return body
+            choice["prompt_logprobs"] = self._prompt_logprobs(delta)
+        return choice | {"text": delta.text}
 
     def _is_worth_sending(self, delta: Delta, is_first: bool) -> bool:
         wants_tokens = self._request.return_token_ids or self._request.sampling.HasField("logprobs")
@@ -113,7 +121,7 @@ class Answer:
         pairs = list(zip(delta.token_ids, delta.logprobs, strict=False))
         if self._is_chat:
             return {"content": [self._chat_logprob(*pair) for pair in pairs], "refusal": None}
-        return self._completion_logprobs(pairs)
+        return self._completion_logprobs(delta.choice, pairs)
 
     def _chat_logprob(self, token_id: int, logprob: pb.TokenLogprob) -> dict[str, Any]:
         top = [self._spelled(item.token_id, item.logprob) for item in logprob.top]
@@ -140,12 +148,14 @@ class Answer:
             for each, (value, rank) in entries.items()
         }
 
-    def _completion_logprobs(self, pairs: Sequence[tuple[int, pb.TokenLogprob]]) -> dict[str, Any]:
+    def _completion_logprobs(
+        self, choice: int, pairs: Sequence[tuple[int, pb.TokenLogprob]]
+    ) -> dict[str, Any]:
         tokens = [self._tokenizer.token_text(token_id)[0] for token_id, _ in pairs]
         offsets = []
         for token in tokens:
-            offsets.append(self._text_offset)
-            self._text_offset += len(token)
+            offsets.append(self._text_offsets[choice])
+            self._text_offsets[choice] += len(token)
         return {
             "tokens": tokens,
             "token_logprobs": [_json_float(logprob.logprob) for _, logprob in pairs],
@@ -164,19 +174,3 @@ class Answer:
 def _json_float(value: float) -> float:
     """JSON has no minus infinity: OpenAI and vLLM write -9999."""
     return max(value, -9999.0)
-
-
-def join(deltas: Sequence[Delta]) -> Delta:
-    """One delta that says what all of them say."""
-    last = deltas[-1]
-    return Delta(
-        choice=last.choice,
-        token_ids=[token_id for delta in deltas for token_id in delta.token_ids],
-        text="".join(delta.text for delta in deltas),
-        logprobs=[logprob for delta in deltas for logprob in delta.logprobs],
-        finish_reason=last.finish_reason,
-        stop_reason=last.stop_reason,
-        usage=last.usage,
-        prompt_token_ids=deltas[0].prompt_token_ids,
-        prompt_logprobs=deltas[0].prompt_logprobs,
-    )

@@ -1,7 +1,7 @@
 """What a client gets of one choice: token ids and logprobs as they come, text as soon as it is certain."""
 
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from gateway.attempt import NewTokens
@@ -22,15 +22,15 @@ class Delta:
     logprobs: Sequence[pb.TokenLogprob] = ()
     """Empty, or one for each token id."""
     finish_reason: pb.FinishReason | None = None
-    """Set on the last delta."""
+    """Set on the last delta of the choice."""
     stop_reason: str | int | None = None
-    """On the last delta: the stop string or the requested stop token id that ended it."""
+    """On the last delta of the choice: the stop string or the requested stop token id that ended it."""
     usage: pb.Usage | None = None
-    """Set on the last delta."""
+    """Set on the last delta of the request."""
     prompt_token_ids: Sequence[int] = ()
-    """Set on the first delta."""
+    """Set on the first delta of the request."""
     prompt_logprobs: Sequence[pb.TokenLogprob] = ()
-    """Set on the first delta if asked for: of the prompt's tokens from the second one on."""
+    """Set on the first delta of the request if asked for: of the prompt's tokens from the second one on."""
 
 
 class Piece(NamedTuple):
@@ -105,3 +105,30 @@ class TextOutput:
         if stop is not None and self._include_stop:
             return safe + stop, stop
         return safe, stop
+
+
+def join(deltas: Sequence[Delta]) -> list[Delta]:
+    """One delta for each choice that says what all of its deltas say; the usage is the last one's.
+
+    Choices are in the order of their numbers; what is known of the prompt is everywhere.
+    """
+    by_choice: dict[int, list[Delta]] = {}
+    for delta in deltas:
+        by_choice.setdefault(delta.choice, []).append(delta)
+    wholes = [_joined(by_choice[choice], deltas[0]) for choice in sorted(by_choice)]
+    wholes[-1] = replace(wholes[-1], usage=deltas[-1].usage)
+    return wholes
+
+
+def _joined(deltas: Sequence[Delta], first: Delta) -> Delta:
+    last = deltas[-1]
+    return Delta(
+        choice=last.choice,
+        token_ids=[token_id for delta in deltas for token_id in delta.token_ids],
+        text="".join(delta.text for delta in deltas),
+        logprobs=[logprob for delta in deltas for logprob in delta.logprobs],
+        finish_reason=last.finish_reason,
+        stop_reason=last.stop_reason,
+        prompt_token_ids=first.prompt_token_ids,
+        prompt_logprobs=first.prompt_logprobs,
+    )

@@ -2,7 +2,7 @@
 
 1. Choose a route; submit to the decode worker and, unless it prefills for itself, to the prefill worker at
    once, with one fresh transfer id.
-2. Merge what both say (`attempt.Progress`), turn tokens into text (`output.TextOutput`), yield deltas.
+2. Merge what both say (`attempt.Progress`), turn tokens into text (`choices.ChoiceOutputs`), yield deltas.
 3. An attempt that fails retryably is followed by another one that starts behind the emitted tokens,
    elsewhere if possible. What was emitted is never sent again.
 4. However it ends, workers that still have the attempt are told to give it up.
@@ -11,15 +11,16 @@
 import asyncio
 import logging
 import secrets
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, replace
 
 from gateway.attach import Arrival, Inbox
-from gateway.attempt import NOTHING, Failed, Finished, NewTokens, Progress, Source
+from gateway.attempt import NOTHING, Finished, NewTokens, Progress, Source
+from gateway.choices import ChoiceOutputs
 from gateway.fleet import Fleet
 from gateway.metrics import GatewayMetrics
-from gateway.output import Delta, TextOutput
+from gateway.output import Delta
 from gateway.prefix_index import Chain
 from gateway.prompt_logprobs import PromptLogprobs
 from gateway.router import Route, choose
@@ -57,6 +58,8 @@ class Prepared:
     """On the event loop's clock."""
     traceparent: str
     """W3C trace context; may be empty."""
+    with_logprobs: bool = False
+    """The client wants them, too."""
     priority: int = 0
     """The larger goes first, where the workers schedule by priority."""
     cache_salt: str = ""
@@ -69,7 +72,7 @@ class RequestRun:
     def __init__(
         self,
         request: Prepared,
-        output: TextOutput,
+        outputs: ChoiceOutputs,
         fleet: Fleet,
         metrics: GatewayMetrics,
         trace: RequestTrace,
@@ -77,14 +80,14 @@ class RequestRun:
         local_prefill_threshold: int,
     ) -> None:
         self._request = request
-        self._output = output
+        self._outputs = outputs
         self._fleet = fleet
         self._metrics = metrics
         self._trace = trace
         # As in `flow`: the loop's own time is too coarse to measure with.
         self._clock = SystemClock()
         self._local_prefill_threshold = local_prefill_threshold
-        self._progress = Progress()
+        self._progress = Progress(len(outputs.going_on))
         self._inbox = Inbox()
         self._avoid: set[str] = set()
         self.prompt_logprobs = PromptLogprobs(request.sampling)
@@ -95,19 +98,24 @@ class RequestRun:
         self._inbox.interrupt(error)
 
     async def deltas(self) -> AsyncGenerator[Delta, None]:
-        """The request's output; the last delta has finish_reason and usage."""
+        """The request's output; the last delta of each choice has finish_reason, the very last one usage."""
         try:
             async with aclosing(self._all_attempts()) as attempts:
                 async for delta in attempts:
                     yield delta
         except Cancelled:
-            yield self._last(Delta(finish_reason=pb.FINISH_REASON_ABORT))
+            *ends, last = self._outputs.abort()
+            for delta in ends:
+                yield delta
+            yield self._with_usage(last)
         finally:
             self._metrics.dropped_frames.inc(self._progress.dropped_frames)
 
     async def _all_attempts(self) -> AsyncGenerator[Delta, None]:
-        last = None
-        while last is None:
+        deltas: list[Delta] = []
+        while self._outputs.going_on:
+            for delta in deltas:
+                yield delta
             start_s = self._clock.now()
             prefix = self._prefix()
             route = await self._route(prefix)
@@ -117,32 +125,22 @@ class RequestRun:
             try:
                 self._submit(route, prefix)
                 self._trace.routed(start_s, attempt, route)
-                while (delta := await self._next_delta()) is not None:
-                    if delta.finish_reason is not None:
-                        last = delta
-                        break
-                    yield delta
+                deltas = self._merge(await self._arrivals())
+                while not self._progress.is_over:
+                    for delta in deltas:
+                        yield delta
+                    deltas = self._merge(await self._arrivals())
             finally:
                 self._abort(route, attempt)
-            last = last or await self._after_failure(route)
+            if self._outputs.going_on:
+                for delta in deltas:
+                    yield delta
+                deltas = await self._after_failure(route)
         self._fleet.remember(route.decode, self._prefix())
-        yield last
-
-    async def _next_delta(self) -> Delta | None:
-        """The attempt's next output; None if it has failed and everything of it is out."""
-        while self._progress.outcome is None:
-            new = self._merge(await self._arrivals())
-            outcome = self._outcome()
-            if isinstance(outcome, Finished):
-                return self._finish(outcome, new)
-            if new.token_ids:
-                piece = self._output.push(new)
-                delta = Delta(token_ids=piece.token_ids, text=piece.text, logprobs=piece.logprobs)
-                return delta if piece.stop is None else self._stopped(delta, piece.stop)
-        return None
-
-    def _outcome(self) -> Finished | Failed | None:
-        return self._progress.outcome
+        *others, last = deltas
+        for delta in others:
+            yield delta
+        yield self._with_usage(last)
 
     async def _arrivals(self) -> list[Arrival]:
         try:
@@ -151,47 +149,45 @@ class RequestRun:
         except TimeoutError:
             raise DeadlineExceeded("the request's deadline passed") from None
 
-    def _merge(self, arrivals: list[Arrival]) -> NewTokens:
-        token_ids: list[int] = []
-        logprobs: list[pb.TokenLogprob] = []
+    def _merge(self, arrivals: list[Arrival]) -> list[Delta]:
+        """What has come, as output: at most one delta for each choice."""
+        new: dict[int, NewTokens] = {}
         for source, attempt, what in arrivals:
             if isinstance(what, pb.TokenFrame):
-                new = self._progress.on_frame(source, what)
-                token_ids += new.token_ids
-                logprobs += new.logprobs
+                tokens = self._progress.on_frame(source, what)
+                new[what.choice] = new.get(what.choice, NOTHING).followed_by(tokens)
             elif isinstance(what, pb.AttemptEnd):
                 self._progress.on_end(source, what)
             else:
                 self._progress.on_lost(source, attempt, what)
-        return NewTokens(token_ids, logprobs)
+        return self._deltas(new)
 
-    def _finish(self, outcome: Finished, new: NewTokens) -> Delta:
-        """The last delta of a generation that a worker ended; a stop string in it ends it earlier."""
-        piece = self._output.push(new)
-        delta = Delta(token_ids=piece.token_ids, text=piece.text, logprobs=piece.logprobs)
-        if piece.stop is not None:
-            return self._stopped(delta, piece.stop)
-        text, stop = self._output.finish()
-        reason = pb.FINISH_REASON_STOP if stop is not None else outcome.reason
-        stop_reason = stop if stop is not None else self._output.stop_reason(outcome.stop_token_id)
-        return self._last(
-            replace(delta, text=delta.text + text, finish_reason=reason, stop_reason=stop_reason)
-        )
+    def _deltas(self, new: Mapping[int, NewTokens]) -> list[Delta]:
+        deltas = []
+        for number in list(self._outputs.going_on):
+            choice = self._progress.choices[number]
+            delta = self._outputs.push(number, new.get(number, NOTHING), choice.finished)
+            if delta is not None:
+                deltas.append(self._noted(delta))
+        return deltas
 
-    def _stopped(self, delta: Delta, stop: str) -> Delta:
-        return self._last(replace(delta, finish_reason=pb.FINISH_REASON_STOP, stop_reason=stop))
+    def _noted(self, delta: Delta) -> Delta:
+        """A choice that has ended for the client has ended for all attempts."""
+        if delta.finish_reason is not None:
+            self._progress.choices[delta.choice].finished = Finished(delta.finish_reason, None)
+        return delta
 
-    def _last(self, delta: Delta) -> Delta:
-        usage = pb.Usage(
-            prompt_tokens=len(self._request.prompt_token_ids),
-            completion_tokens=self._output.num_tokens,
-            cached_tokens=self._progress.cached_tokens,
-        )
-        return replace(delta, usage=usage)
+    def _with_usage(self, delta: Delta) -> Delta:
+        return replace(delta, usage=self._outputs.usage(self._progress.cached_tokens))
+
+    @property
+    def _token_ids(self) -> list[int]:
+        """Of the prompt and the longest choice."""
+        longest = max((choice.emitted for choice in self._progress.choices), key=len)
+        return [*self._request.prompt_token_ids, *longest]
 
     def _prefix(self) -> Chain:
-        token_ids = [*self._request.prompt_token_ids, *self._progress.emitted]
-        return self._fleet.prefix(token_ids, self._request.cache_salt)
+        return self._fleet.prefix(self._token_ids, self._request.cache_salt)
 
     async def _route(self, prefix: Chain) -> Route:
         """Workers for the next attempt. A first attempt does not wait for them, a later one a little."""
@@ -200,7 +196,7 @@ class RequestRun:
         while True:
             route = choose(
                 self._fleet.candidates(prefix),
-                len(self._request.prompt_token_ids) + len(self._progress.emitted),
+                len(self._token_ids),
                 local_prefill_threshold=self._local_prefill_threshold,
                 avoid=self._avoid,
             )
@@ -244,28 +240,38 @@ class RequestRun:
             priority=self._request.priority,
             cache_salt=self._request.cache_salt,
         )
-        if self._progress.emitted:
-            submit.emitted.add(choice=0, token_ids=self._progress.emitted)
+        submit.emitted.extend(self._emitted())
         return submit
+
+    def _emitted(self) -> list[pb.ChoiceTokens]:
+        """What the choices that go on have emitted; nothing as long as no choice has."""
+        choices = self._progress.choices
+        if self._request.sampling.use_beam_search or not any(choice.emitted for choice in choices):
+            return []
+        return [
+            pb.ChoiceTokens(choice=number, token_ids=choices[number].emitted)
+            for number in self._outputs.going_on
+        ]
 
     def _abort(self, route: Route, attempt: int) -> None:
         for worker_id in (route.decode, route.prefill):
             if worker_id is not None:
                 self._fleet.abort(worker_id, self._request.number, attempt)
 
-    async def _after_failure(self, route: Route) -> Delta | None:
-        """Raise the error unless another attempt may succeed; the last delta if none is needed."""
-        failed = self._outcome()
-        assert isinstance(failed, Failed)
-        if (end := self._judge_emitted()) is not None:
-            return self._finish(end, NOTHING)
+    async def _after_failure(self, route: Route) -> list[Delta]:
+        """Raise the error unless another attempt may succeed or none is needed; what has ended already."""
+        failed = self._progress.failed
+        assert failed is not None
+        ends = self._judge_emitted()
+        if not self._outputs.going_on:
+            return ends
         # A preempted attempt has emitted at least one token: these come to an end by themselves.
         self._num_failures += not isinstance(failed.error, Preempted)
         if not failed.error.retryable or self._num_failures >= MAX_ATTEMPTS:
             raise failed.error
         culprit = route.prefill if failed.source is Source.PREFILL else route.decode
-        self._metrics.attempt_failed(failed, len(self._progress.emitted))
-        self._trace.attempt_failed(self._progress.attempt, failed, culprit, len(self._progress.emitted))
+        self._metrics.attempt_failed(failed, self._progress.num_emitted)
+        self._trace.attempt_failed(self._progress.attempt, failed, culprit, self._progress.num_emitted)
         logger.info(
             "attempt %d failed on %s: %s",
             self._progress.attempt,
@@ -277,12 +283,14 @@ class RequestRun:
             self._avoid.add(culprit)
         if not failed.worker_lost:
             await asyncio.sleep(RETRY_PAUSE_S)
-        return None
+        return ends
 
-    def _judge_emitted(self) -> Finished | None:
+    def _judge_emitted(self) -> list[Delta]:
         """Complete already? A worker can be lost between its last tokens and the word that they are."""
-        if not self._progress.emitted:
-            return None
-        token_id = self._progress.emitted[-1]
-        reason = self._output.end_at(token_id)
-        return None if reason is None else Finished(reason, token_id)
+        ends = []
+        for number in list(self._outputs.going_on):
+            emitted = self._progress.choices[number].emitted
+            end = self._outputs.end_at(number, emitted[-1]) if emitted else None
+            if end is not None:
+                ends.append(self._noted(end))
+        return ends

@@ -9,8 +9,7 @@ import grpc.aio
 
 from gateway.exchange import REQUEST_ID
 from gateway.flow import Flow, Generation
-from gateway.openai_answer import join
-from gateway.output import Delta
+from gateway.output import Delta, join
 from gateway.prompts import Messages, tokenize
 from gateway.registry import STATES
 from gateway.tracing import Origin
@@ -36,7 +35,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
     async def Generate(
         self, request: inference_pb2.GenerateRequest, context: Context
     ) -> AsyncIterator[inference_pb2.GenerateResponse]:
-        """Deltas; the last one carries finish reason and usage."""
+        """Deltas; the last one of a choice carries its finish reason, the last one of all usage."""
         async with rpc.translated(context):
             asked = _generation(request, context, stream=True)
             async with aclosing(self._flow.stream(asked)) as deltas:
@@ -46,17 +45,17 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
     async def Complete(
         self, request: inference_pb2.CompleteRequest, context: Context
     ) -> inference_pb2.CompleteResponse:
-        """The whole completion at once."""
+        """All choices, each whole, at once."""
         async with rpc.translated(context):
             asked = _generation(request, context, stream=False)
             async with aclosing(self._flow.stream(asked)) as deltas:
-                whole = join([delta async for delta in deltas])
+                wholes = join([delta async for delta in deltas])
         return inference_pb2.CompleteResponse(
             request_id=asked.request_id,
             model=self._flow.model.name,
-            completions=[_completion(whole)],
-            usage=whole.usage,
-            prompt_logprobs=whole.prompt_logprobs,
+            completions=[_completion(whole) for whole in wholes],
+            usage=wholes[-1].usage,
+            prompt_logprobs=wholes[0].prompt_logprobs,
         )
 
     async def Tokenize(

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
+from gateway.choice_limits import complete_choices
 from protos.tandem.v1 import common_pb2 as pb
 from runtime.errors import ContextLengthExceeded, InvalidRequest
 
@@ -70,18 +71,6 @@ class ModelLimits:
     """Sampling defaults of generation_config.json, by field of SamplingParams."""
 
 
-UNSUPPORTED = frozenset(
-    {
-        "n",
-        "best_of",
-        "use_beam_search",
-        "length_penalty",
-        "early_stopping",
-    }
-)
-"""Fields of SamplingParams that are refused."""
-
-
 def complete_sampling(
     asked: pb.SamplingParams,
     limits: ModelLimits,
@@ -122,7 +111,6 @@ def _complete(
     draw_seed: Callable[[], int],
     default_max_tokens: int | None,
 ) -> pb.SamplingParams:
-    _refuse_unsupported(asked)
     full = pb.SamplingParams()
     full.CopyFrom(asked)
     full.max_tokens = _max_tokens(asked, limits, num_prompt_tokens, default_max_tokens)
@@ -145,14 +133,8 @@ def _complete(
     _check_logprobs(full, "prompt_logprobs")
     if full.HasField("structured_output"):
         _check_structured(full.structured_output)
+    complete_choices(asked, full)
     return full
-
-
-def _refuse_unsupported(asked: pb.SamplingParams) -> None:
-    """What the workers do not do yet is an error, not a silent default."""
-    for descriptor, _ in asked.ListFields():
-        if descriptor.name in UNSUPPORTED:
-            raise InvalidRequest(f"{descriptor.name} is not supported", field=descriptor.name)
 
 
 def _max_tokens(

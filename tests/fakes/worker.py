@@ -32,14 +32,14 @@ EOS = 1
 FIRST_TOKEN = 260
 
 
-def token_at(prompt: Sequence[int], index: int) -> int:
-    """The token of a request at an output index."""
-    return FIRST_TOKEN + (sum(prompt) + 7 * index) % 500
+def token_at(prompt: Sequence[int], index: int, choice: int = 0) -> int:
+    """The token of a choice at an output index."""
+    return FIRST_TOKEN + (sum(prompt) + 7 * index + 13 * choice) % 500
 
 
-def tokens_of(prompt: Sequence[int], num_tokens: int) -> list[int]:
-    """The first tokens of a request."""
-    return [token_at(prompt, index) for index in range(num_tokens)]
+def tokens_of(prompt: Sequence[int], num_tokens: int, choice: int = 0) -> list[int]:
+    """The first tokens of a choice."""
+    return [token_at(prompt, index, choice) for index in range(num_tokens)]
 
 
 @dataclass
@@ -215,57 +215,73 @@ class FakeWorker:
         if self.faults.fail_next:
             events.put_nowait(_end(submit, failed=self.faults.fail_next.pop(0)))
             return
-        start = len(submit.emitted[0].token_ids) if submit.emitted else 0
+        starts = {each.choice: len(each.token_ids) for each in submit.emitted}
+        starts = starts or dict.fromkeys(range(max(submit.sampling.best_of, 1)), 0)
         if self.role == "prefill":
-            await self._prefill(submit, start, events)
+            await self._prefill(submit, starts, events)
             return
         if submit.HasField("peer"):
             await self._links.committed[submit.transfer_id].wait()
-        await self._decode(submit, start, events)
+        await self._decode(submit, starts, events)
 
     async def _prefill(
-        self, submit: pb.Submit, start: int, events: asyncio.Queue[pb.AttachEvent | None]
+        self, submit: pb.Submit, starts: dict[int, int], events: asyncio.Queue[pb.AttachEvent | None]
     ) -> None:
-        if await self._fault_at(start, events):
+        if await self._fault_at(min(starts.values()), events):
             return
         await asyncio.sleep(self.faults.token_delay_s)
-        token, reason = self._token(submit, start)
-        events.put_nowait(_frame(submit, start, [token]))
-        if reason is None:
+        goes_on = False
+        for choice, start in starts.items():
+            if start and len(starts) > 1:
+                goes_on = True
+                continue
+            token, reason = self._token(submit, start, choice)
+            events.put_nowait(_frame(submit, start, [token], choice))
+            goes_on |= reason is None
+            if reason is not None:
+                events.put_nowait(_end(submit, finished=_finished(submit, token, reason, choice)))
+        if goes_on:
             events.put_nowait(_end(submit, handed_over=pb.HandedOver()))
-        else:
-            events.put_nowait(_end(submit, finished=_finished(submit, token, reason)))
         self._links.committed[submit.transfer_id].set()
 
     async def _decode(
-        self, submit: pb.Submit, start: int, events: asyncio.Queue[pb.AttachEvent | None]
+        self, submit: pb.Submit, starts: dict[int, int], events: asyncio.Queue[pb.AttachEvent | None]
     ) -> None:
-        index = start
-        while True:
-            if await self._fault_at(index, events):
+        indices = dict(starts)
+        while indices:
+            if await self._fault_at(min(indices.values()), events):
                 return
             await asyncio.sleep(self.faults.token_delay_s)
-            tokens, reason, first = [], None, index
-            while reason is None and len(tokens) < self.faults.frame_tokens:
-                token, reason = self._token(submit, index)
-                tokens.append(token)
-                index += 1
-            if self.faults.gap_at is not None and first >= self.faults.gap_at:
-                self.faults.gap_at = None
-                continue
-            events.put_nowait(_frame(submit, first, tokens))
-            if self.faults.duplicate:
-                whole = [self._token(submit, each)[0] for each in range(index)]
-                events.put_nowait(_frame(submit, 0, whole))
-            if reason is not None:
-                events.put_nowait(_end(submit, finished=_finished(submit, tokens[-1], reason)))
-                return
+            for choice, index in list(indices.items()):
+                indices[choice], ended = self._decode_choice(submit, choice, index, events)
+                if ended:
+                    del indices[choice]
 
-    def _token(self, submit: pb.Submit, index: int) -> tuple[int, int | None]:
+    def _decode_choice(
+        self, submit: pb.Submit, choice: int, index: int, events: asyncio.Queue[pb.AttachEvent | None]
+    ) -> tuple[int, bool]:
+        """One frame; (next index, whether the choice has ended)."""
+        tokens, reason, first = [], None, index
+        while reason is None and len(tokens) < self.faults.frame_tokens:
+            token, reason = self._token(submit, index, choice)
+            tokens.append(token)
+            index += 1
+        if self.faults.gap_at is not None and first >= self.faults.gap_at:
+            self.faults.gap_at = None
+            return index, False
+        events.put_nowait(_frame(submit, first, tokens, choice))
+        if self.faults.duplicate:
+            whole = [self._token(submit, each, choice)[0] for each in range(index)]
+            events.put_nowait(_frame(submit, 0, whole, choice))
+        if reason is not None:
+            events.put_nowait(_end(submit, finished=_finished(submit, tokens[-1], reason, choice)))
+        return index, reason is not None
+
+    def _token(self, submit: pb.Submit, index: int, choice: int) -> tuple[int, int | None]:
         """(token, why it ends the choice)."""
         if self.faults.eos_at == index and not submit.sampling.ignore_eos:
             return EOS, pb.FINISH_REASON_STOP
-        token = token_at(submit.prompt_token_ids, index)
+        token = token_at(submit.prompt_token_ids, index, choice)
         if token in submit.sampling.stop_token_ids and index >= submit.sampling.min_tokens:
             return token, pb.FINISH_REASON_STOP
         if index + 1 >= submit.sampling.max_tokens:
@@ -294,10 +310,11 @@ def _logprobs(submit: pb.Submit, tokens: list[int]) -> list[pb.TokenLogprob]:
     return [pb.TokenLogprob(logprob=-0.5, top=top) for _ in tokens]
 
 
-def _frame(submit: pb.Submit, start: int, tokens: list[int]) -> pb.AttachEvent:
+def _frame(submit: pb.Submit, start: int, tokens: list[int], choice: int) -> pb.AttachEvent:
     frame = pb.TokenFrame(
         request=submit.request,
         attempt=submit.attempt,
+        choice=choice,
         start_index=start,
         token_ids=tokens,
         logprobs=_logprobs(submit, tokens),
@@ -307,8 +324,8 @@ def _frame(submit: pb.Submit, start: int, tokens: list[int]) -> pb.AttachEvent:
     return pb.AttachEvent(tokens=[frame])
 
 
-def _finished(submit: pb.Submit, token: int, reason: int) -> pb.ChoiceFinished:
-    finished = pb.ChoiceFinished(reason=reason)
+def _finished(submit: pb.Submit, token: int, reason: int, choice: int) -> pb.ChoiceFinished:
+    finished = pb.ChoiceFinished(choice=choice, reason=reason)
     if token in submit.sampling.stop_token_ids:
         finished.stop_token_id = token
     return finished

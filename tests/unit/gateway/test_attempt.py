@@ -6,7 +6,7 @@ from typing import Any
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gateway.attempt import Failed, Finished, Progress, Source
+from gateway.attempt import Finished, Progress, Source
 from protos.tandem.v1 import common_pb2 as pb
 from runtime.errors import Overloaded, Unavailable
 
@@ -36,7 +36,7 @@ def test_first_token_from_either_worker_counts_once() -> None:
         progress = begun()
         new = [list(progress.on_frame(source, frame(0, [7], cached_tokens=3)).token_ids) for source in order]
         assert new == [[7], []]
-        assert (progress.emitted, progress.cached_tokens) == ([7], 3)
+        assert (progress.choices[0].emitted, progress.cached_tokens) == ([7], 3)
 
 
 @settings(max_examples=100, deadline=None, derandomize=True, database=None)
@@ -48,8 +48,8 @@ def test_any_frames_without_a_gap_give_the_sequence(spans: list[tuple[int, int]]
     for start, length in spans:
         got += progress.on_frame(D, frame(start, sequence[start : start + length])).token_ids
         progress.check()
-        assert got == progress.emitted == sequence[: len(got)]
-        if isinstance(progress.outcome, Failed):
+        assert got == progress.choices[0].emitted == sequence[: len(got)]
+        if progress.failed is not None:
             assert start > len(got)
             return
 
@@ -66,26 +66,26 @@ def test_logprobs_follow_their_tokens() -> None:
 def test_gap_and_contradiction_fail_the_attempt() -> None:
     progress = begun()
     progress.on_frame(D, frame(1, [7]))
-    assert isinstance(progress.outcome, Failed)
-    assert progress.outcome.error.retryable
+    assert progress.failed is not None
+    assert progress.failed.error.retryable
     progress = begun()
     progress.on_frame(P, frame(0, [7]))
     progress.on_frame(D, frame(0, [8, 9]))
-    assert isinstance(progress.outcome, Failed)
-    assert progress.emitted == [7]
+    assert progress.failed is not None
+    assert progress.choices[0].emitted == [7]
 
 
 def test_older_attempts_are_dropped_and_counted() -> None:
     progress = begun()
     progress.on_frame(D, frame(0, [7]))
     progress.on_lost(D, 0, GONE)
-    assert isinstance(progress.outcome, Failed)
+    assert progress.failed is not None
     assert progress.begin(split=True) == 1
     assert not progress.on_frame(D, frame(1, [8])).token_ids
     assert progress.dropped_frames == 1
     progress.on_end(D, end(finished=STOP))
     progress.on_lost(D, 0, GONE)
-    assert progress.outcome is None
+    assert not progress.is_over
     assert list(progress.on_frame(D, frame(1, [9], attempt=1)).token_ids) == [9]
 
 
@@ -93,46 +93,111 @@ def test_prefill_worker_matters_until_decode_spoke() -> None:
     progress = begun()
     progress.on_frame(P, frame(0, [7]))
     progress.on_lost(P, 0, GONE)
-    assert isinstance(progress.outcome, Failed)
-    assert progress.outcome.worker_lost
+    assert progress.failed is not None
+    assert progress.failed.worker_lost
     progress = begun()
     progress.on_frame(D, frame(0, [7]))
     progress.on_lost(P, 0, GONE)
-    assert progress.outcome is None
+    assert not progress.is_over
     progress = begun()
     progress.on_end(P, end(handed_over=pb.HandedOver()))
     progress.on_lost(P, 0, GONE)
-    assert progress.outcome is None
+    assert not progress.is_over
     assert progress.open == {D}
 
 
 def test_finish_at_token_zero_in_either_order() -> None:
     progress = begun()
     progress.on_end(D, end(finished=STOP))
-    assert progress.outcome is None
+    assert not progress.is_over
     progress.on_frame(P, frame(0, [1]))
     progress.on_end(P, end(finished=STOP))
-    assert progress.outcome == Finished(pb.FINISH_REASON_STOP, None)
+    assert progress.choices[0].finished == Finished(pb.FINISH_REASON_STOP, None)
     progress = begun()
     progress.on_end(D, end(finished=STOP))
     progress.on_frame(P, frame(0, [1]))
     progress.on_end(P, end(handed_over=pb.HandedOver()))
-    assert isinstance(progress.outcome, Finished)
+    assert progress.choices[0].finished is not None
     progress = begun()
     progress.on_end(D, end(finished=STOP))
     progress.on_lost(P, 0, GONE)
-    assert isinstance(progress.outcome, Failed)
+    assert progress.failed is not None
 
 
 def test_failures_keep_code_and_retryability() -> None:
     progress = begun()
     failed = pb.AttemptFailed(code=8, message="full", retryable=True)
     progress.on_end(D, end(failed=failed))
-    assert isinstance(progress.outcome, Failed)
-    assert isinstance(progress.outcome.error, Overloaded)
-    assert progress.outcome.error.retryable
-    assert not progress.outcome.worker_lost
+    assert progress.failed is not None
+    assert isinstance(progress.failed.error, Overloaded)
+    assert progress.failed.error.retryable
+    assert not progress.failed.worker_lost
     progress = begun()
     progress.on_end(D, end(finished=pb.ChoiceFinished(reason=pb.FINISH_REASON_ERROR)))
-    assert isinstance(progress.outcome, Failed)
-    assert not progress.outcome.error.retryable
+    assert progress.failed is not None
+    assert not progress.failed.error.retryable
+
+
+def of_choice(choice: int, *token_ids: int, start: int = 0) -> pb.TokenFrame:
+    return frame(start, token_ids, choice=choice)
+
+
+def finished(choice: int) -> pb.AttemptEnd:
+    return end(finished=pb.ChoiceFinished(choice=choice, reason=pb.FINISH_REASON_LENGTH))
+
+
+def test_choices_go_and_end_apart() -> None:
+    progress = Progress(num_choices=3)
+    progress.begin(split=True)
+    for choice in range(3):
+        assert progress.on_frame(P, of_choice(choice, 7 + choice)).token_ids == [7 + choice]
+    progress.on_end(P, finished(1))
+    assert not progress.is_over
+    assert progress.on_frame(D, of_choice(0, 7, 20)).token_ids == [20]
+    assert not progress.on_frame(D, of_choice(1, 8)).token_ids
+    progress.on_end(D, finished(1))
+    progress.on_end(D, finished(0))
+    assert not progress.is_over
+    progress.on_frame(D, of_choice(2, 9, 30))
+    progress.on_end(D, finished(2))
+    assert progress.is_over
+    assert [choice.emitted for choice in progress.choices] == [[7, 20], [8], [9, 30]]
+    assert progress.dropped_frames == 0
+
+
+def test_a_choice_that_ended_stays_ended_over_attempts() -> None:
+    progress = Progress(num_choices=2)
+    progress.begin(split=False)
+    progress.on_frame(D, of_choice(0, 7))
+    progress.on_frame(D, of_choice(1, 8))
+    progress.on_end(D, finished(0))
+    progress.on_lost(D, 0, GONE)
+    assert progress.failed is not None
+    progress.begin(split=False)
+    assert not progress.is_over
+    again = pb.TokenFrame(attempt=1, choice=1, start_index=1, token_ids=[9])
+    assert progress.on_frame(D, again).token_ids == [9]
+    last = pb.ChoiceFinished(choice=1, reason=pb.FINISH_REASON_STOP)
+    progress.on_end(D, end(attempt=1, finished=last))
+    assert progress.is_over
+    assert progress.failed is None
+
+
+def test_early_ends_of_choices_wait_for_the_prefill_worker() -> None:
+    progress = Progress(num_choices=2)
+    progress.begin(split=True)
+    progress.on_end(D, finished(0))
+    progress.on_end(D, finished(1))
+    assert not progress.is_over
+    progress.on_frame(P, of_choice(0, 7))
+    progress.on_frame(P, of_choice(1, 8))
+    progress.on_end(P, finished(0))
+    progress.on_end(P, end(handed_over=pb.HandedOver()))
+    assert progress.is_over
+
+
+def test_an_unknown_choice_is_dropped_or_fails_the_attempt() -> None:
+    progress = begun()
+    assert not progress.on_frame(D, of_choice(1, 7)).token_ids
+    progress.on_end(D, finished(1))
+    assert progress.failed is not None

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from gateway.validation import UNSUPPORTED, ModelLimits, check_cache_salt, check_prompt, complete_sampling
+from gateway.validation import ModelLimits, check_cache_salt, check_prompt, complete_sampling
 from protos.tandem.v1 import common_pb2 as pb
 from runtime.errors import ContextLengthExceeded, InvalidRequest
 
@@ -24,7 +24,7 @@ def test_every_field_is_set() -> None:
     assert (neutral.temperature, neutral.top_p, neutral.top_k, neutral.min_p) == (1, 1, 0, 0)
     assert neutral.repetition_penalty == 1
     for name in pb.SamplingParams.DESCRIPTOR.fields_by_name:
-        if name not in UNSUPPORTED | OPTIONAL and neutral.DESCRIPTOR.fields_by_name[name].has_presence:
+        if name not in OPTIONAL and neutral.DESCRIPTOR.fields_by_name[name].has_presence:
             assert neutral.HasField(name), name
 
 
@@ -90,15 +90,58 @@ def test_prompt(token_ids: list[int]) -> None:
     check_prompt([0, 49], LIMITS)
 
 
-@pytest.mark.parametrize("name", sorted(UNSUPPORTED))
-def test_what_is_not_supported_is_refused_by_name(name: str) -> None:
-    values: dict[str, Any] = {
-        "structured_output": pb.StructuredOutput(json_object=True),
-        "bad_words": ["x"],
-        "allowed_token_ids": [1],
-    }
-    with pytest.raises(InvalidRequest, match=f"{name} is not supported"):
-        complete(**{name: values.get(name, 1)})
+def test_choices_have_limits_and_defaults() -> None:
+    assert (complete().n, complete().best_of) == (1, 1)
+    assert (complete(n=3).n, complete(n=3).best_of) == (3, 3)
+    assert not complete(n=3).HasField("logprobs")
+    ranked = complete(n=2, best_of=8)
+    assert (ranked.best_of, ranked.logprobs) == (8, 0)
+    assert complete(n=2, best_of=8, logprobs=4).logprobs == 4
+    for field, fields in [
+        ("n", {"n": 0}),
+        ("n", {"n": 9}),
+        ("best_of", {"n": 3, "best_of": 2}),
+        ("best_of", {"best_of": 9}),
+        ("length_penalty", {"length_penalty": 0.5}),
+        ("early_stopping", {"early_stopping": 1}),
+    ]:
+        with pytest.raises(InvalidRequest) as raised:
+            complete(**fields)
+        assert raised.value.field == field
+
+
+def test_a_beam_search_takes_nothing_but_likelihood() -> None:
+    full = complete(n=2, best_of=4, use_beam_search=True, length_penalty=0.5, early_stopping=2)
+    assert (full.n, full.best_of, full.length_penalty, full.early_stopping) == (2, 4, 0.5, 2)
+    # The checkpoint's own defaults would change what is likeliest.
+    assert (full.temperature, full.top_k, full.repetition_penalty) == (1, 0, 1)
+    for field, value in [
+        ("temperature", 0.7),
+        ("top_p", 0.5),
+        ("top_k", 3),
+        ("min_p", 0.1),
+        ("typical_p", 0.5),
+        ("repetition_penalty", 1.1),
+        ("presence_penalty", 1),
+        ("frequency_penalty", 1),
+        ("min_tokens", 1),
+        ("stop", ["x"]),
+        ("logit_bias", {1: 1.0}),
+        ("allowed_token_ids", [1]),
+        ("bad_words", ["x"]),
+        ("structured_output", pb.StructuredOutput(json_object=True)),
+        ("prompt_logprobs", 0),
+        ("length_penalty", NAN),
+        ("length_penalty", 6),
+        ("early_stopping", 7),
+    ]:
+        with pytest.raises(InvalidRequest) as raised:
+            complete(n=2, use_beam_search=True, **{field: value})
+        assert raised.value.field == field
+    with pytest.raises(InvalidRequest) as raised:
+        complete(use_beam_search=True)
+    assert raised.value.field == "best_of"
+    complete(n=2, use_beam_search=True, temperature=0, top_p=1, min_tokens=0)
 
 
 def test_a_salt_has_at_most_256_bytes() -> None:
