@@ -26,6 +26,12 @@ class Preemption:
         """What to do with a running request."""
         if self._choice != "recompute" and self._swap_space.has_room(request):
             return PreemptionMode.SWAP
-        if self._choice == "auto" and request.transferred and request.num_tokens > self._max_step_tokens:
+        is_long = request.num_tokens > self._max_step_tokens
+        if self._choice == "auto" and request.transferred and is_long and not _is_beam(request):
             return PreemptionMode.HAND_BACK
         return PreemptionMode.RECOMPUTE
+
+
+def _is_beam(request: Request) -> bool:
+    """A search emits nothing before its end: handed back, it could start from nothing for ever."""
+    return request.leader is not None and request.leader.search is not None
