@@ -215,6 +215,14 @@ def test_the_example_names_variables_that_are_read(base):
             assert re.search(rf"\b{match[1]}\b", text), match[1]
 
 
+def test_the_example_shows_the_defaults():
+    for line in (ROOT / ".env.example").read_text().splitlines():
+        if match := re.fullmatch(r"#?TANDEM_([A-Z_]+)=(.+)", line):
+            name = match[1].lower()
+            cls = GatewaySettings if name in GatewaySettings.model_fields else WorkerSettings
+            assert getattr(cls(**{name: match[2]}), name) == cls.model_fields[name].default, line
+
+
 def test_the_image_is_made_in_the_order_that_caches_best():
     text = (COMPOSE / "Dockerfile").read_text()
     assert "syntax=" not in text
