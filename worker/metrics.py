@@ -1,6 +1,6 @@
 """What a worker exports at /metrics; names follow vLLM's behind the prefix."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Metric
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
@@ -99,8 +99,9 @@ class WorkerMetrics:
         self.steps.inc()
         self.generation_tokens.inc(sum(len(output.token_ids) for output in result.outputs))
         self.batch_size.observe(len(result.batch))
-        self.batch_tokens.observe(sum(item.query_len for item in result.batch))
-        self.prefill_tokens.inc(sum(map(_num_prompt_tokens, result.batch)))
+        num_tokens, num_prompt_tokens = _num_tokens(result.batch)
+        self.batch_tokens.observe(num_tokens)
+        self.prefill_tokens.inc(num_prompt_tokens)
 
     def stage_ended(self, stage: str, seconds: float) -> None:
         """An attempt has left a stage."""
@@ -129,10 +130,16 @@ class WorkerMetrics:
         self.kv_usage.set_function(lambda: load().blocks_used / max(load().blocks_total, 1))
 
 
-def _num_prompt_tokens(item: Scheduled) -> int:
-    """Tokens of a prompt among those that a step has computed for a request."""
-    after, num_prompt = item.request.num_computed_tokens, len(item.request.prompt_token_ids)
-    return max(min(after, num_prompt) - (after - item.query_len), 0)
+def _num_tokens(batch: Iterable[Scheduled]) -> tuple[int, int]:
+    """Tokens that a step has computed, and how many of them were a prompt's."""
+    num_tokens = num_prompt_tokens = 0
+    for item in batch:
+        num_tokens += item.query_len
+        request = item.request
+        first, end = request.num_computed_tokens - item.query_len, len(request.prompt_token_ids)
+        if first < end:
+            num_prompt_tokens += min(item.query_len, end - first)
+    return num_tokens, num_prompt_tokens
 
 
 class _AttemptCollector(Collector):
