@@ -1,6 +1,7 @@
 # make serve   install into .venv and run `tandem up` (ARGS="--decode 2" adds flags)
 # make test    install and run the tests
 # make bench-cpu  Tandem beside its peers on this CPU
+# make bench-speculation   tokens a second with speculation over without
 # make bench-policies   scheduling policies on recorded traces, simulated
 # make check   style, types, layers, sizes, wire format
 
@@ -14,7 +15,7 @@ TEST_ENV := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive GOMP_SPINCOUNT=0
 SOURCES := protos gateway prefill_svc decode_svc worker engine kvtransfer kernels runtime tandem
 ALL := $(SOURCES) compose tests tools $(wildcard benchmarks)
 
-.PHONY: serve test test-long check protos dashboards bench bench-cpu bench-policies bench-tracing clean
+.PHONY: serve test test-long check protos dashboards bench bench-cpu bench-policies bench-speculation bench-tracing clean
 
 serve: $(VENV)/.installed
 	@exec $(BIN)/tandem up $(ARGS)
@@ -46,6 +47,9 @@ bench: $(VENV)/.installed
 # Tandem beside transformers and openvino-genai on this machine's CPU; installs the peers into .venv-peers.
 bench-cpu: $(VENV)/.installed-dev
 	@$(BIN)/python -m benchmarks.cpu $(ARGS)
+
+bench-speculation: $(VENV)/.installed
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.speculation $(ARGS)
 
 bench-policies: $(VENV)/.installed
 	$(BIN)/python -m benchmarks.policies $(ARGS)

@@ -78,6 +78,25 @@ class ChoiceProgress:
     """The decode worker's word, while token 0 is still on its way from the prefill worker."""
 
 
+class DraftTokens:
+    """What became of the tokens that were drafted for one request, over all of its attempts."""
+
+    def __init__(self) -> None:
+        self.accepted = 0
+        self.rejected = 0
+
+    def add(self, frame: pb.TokenFrame) -> None:
+        """Count a frame's."""
+        self.accepted += frame.accepted_draft_tokens
+        self.rejected += frame.rejected_draft_tokens
+
+    def write(self, usage: pb.Usage) -> None:
+        """Enter the counts, if there was a draft."""
+        if self.accepted or self.rejected:
+            usage.accepted_prediction_tokens = self.accepted
+            usage.rejected_prediction_tokens = self.rejected
+
+
 class Progress:
     """The output of one request so far and the state of its current attempt."""
 
@@ -85,6 +104,7 @@ class Progress:
         self.choices = [ChoiceProgress() for _ in range(num_choices)]
         self.attempt = -1
         self.cached_tokens = 0
+        self.draft_tokens = DraftTokens()
         self.dropped_frames = 0
         self.failed: Failed | None = None
         """The current attempt is over without a result."""
@@ -127,6 +147,7 @@ class Progress:
             return NOTHING
         choice.decode_spoke |= source is Source.DECODE
         self.cached_tokens = max(self.cached_tokens, frame.cached_tokens)
+        self.draft_tokens.add(frame)
         new = NewTokens(frame.token_ids[num_seen:], frame.logprobs[num_seen:])
         choice.emitted += new.token_ids
         return new

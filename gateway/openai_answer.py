@@ -26,12 +26,18 @@ ID_PREFIX = {"completion": "cmpl-", "chat": "chatcmpl-"}
 
 def usage_json(usage: pb.Usage) -> dict[str, Any]:
     """Token counts as OpenAI names them."""
-    return {
+    found: dict[str, Any] = {
         "prompt_tokens": usage.prompt_tokens,
         "completion_tokens": usage.completion_tokens,
         "total_tokens": usage.prompt_tokens + usage.completion_tokens,
         "prompt_tokens_details": {"cached_tokens": usage.cached_tokens},
     }
+    if usage.HasField("accepted_prediction_tokens"):
+        found["completion_tokens_details"] = {
+            "accepted_prediction_tokens": usage.accepted_prediction_tokens,
+            "rejected_prediction_tokens": usage.rejected_prediction_tokens,
+        }
+    return found
 
 
 class Answer:

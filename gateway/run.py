@@ -178,7 +178,9 @@ class RequestRun:
         return delta
 
     def _with_usage(self, delta: Delta) -> Delta:
-        return replace(delta, usage=self._outputs.usage(self._progress.cached_tokens))
+        usage = self._outputs.usage(self._progress.cached_tokens)
+        self._progress.draft_tokens.write(usage)
+        return replace(delta, usage=usage)
 
     @property
     def _token_ids(self) -> list[int]:

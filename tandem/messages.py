@@ -41,6 +41,10 @@ class Usage:
     completion_tokens: int
     cached_tokens: int
     """Of the prompt tokens: found in a prefix cache."""
+    accepted_prediction_tokens: int = 0
+    """Draft tokens of speculative decoding that became output."""
+    rejected_prediction_tokens: int = 0
+    """Draft tokens that did not."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -215,6 +219,8 @@ def _usage(message: common_pb2.Usage) -> Usage:
         prompt_tokens=message.prompt_tokens,
         completion_tokens=message.completion_tokens,
         cached_tokens=message.cached_tokens,
+        accepted_prediction_tokens=message.accepted_prediction_tokens,
+        rejected_prediction_tokens=message.rejected_prediction_tokens,
     )
 
 

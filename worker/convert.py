@@ -90,6 +90,9 @@ def token_frame(request: int, attempt: int, output: StepOutput) -> pb.TokenFrame
         logprobs=[from_logprob(item) for item in output.logprobs or ()],
         prompt_logprobs=[from_logprob(item) for item in output.prompt_logprobs or ()],
     )
+    if output.num_draft_tokens:
+        frame.accepted_draft_tokens = len(output.token_ids) - 1
+        frame.rejected_draft_tokens = output.num_draft_tokens - frame.accepted_draft_tokens
     if output.start_index == 0:
         frame.cached_tokens = output.num_cached_tokens
     return frame

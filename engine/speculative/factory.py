@@ -1,5 +1,10 @@
 """The speculation that an engine's config asks for."""
 
+from collections.abc import Callable
+from time import perf_counter, thread_time
+
+import torch
+
 from engine.config import EngineConfig
 from engine.kv_cache import KvCache
 from engine.loader import LoadedModel
@@ -19,7 +24,7 @@ def make_speculation(
     """Proposer, verifier and policy of draft lengths; `model.draft` is loaded if one is asked for."""
     if config.speculative == "off":
         return NoSpeculation(sampler)
-    draft_costs = CostTable()
+    draft_costs = CostTable(clock_of(config.device))
     by_rejection = config.draft_acceptance == "rejection"
     if config.speculative == "ngram":
         proposer: Proposer = NgramProposer()
@@ -38,11 +43,19 @@ def speculation_with(
     max_model_len: int,
 ) -> Speculation:
     """Speculation with any proposer; its passes are measured in `draft_costs`."""
-    target_costs = CostTable()
+    clock = clock_of(config.device)
+    target_costs = CostTable(clock)
     lengths: Lengths
     if config.num_draft_tokens is None:
         lengths = AdaptiveLengths(target_costs, draft_costs, max_draft_tokens=proposer.max_draft_tokens)
     else:
         lengths = FixedLengths(config.num_draft_tokens)
     verifier = Verifier(sampler, by_rejection=config.draft_acceptance == "rejection")
-    return DraftAndVerify(proposer, verifier, lengths, target_costs=target_costs, max_model_len=max_model_len)
+    return DraftAndVerify(
+        proposer, verifier, lengths, target_costs=target_costs, max_model_len=max_model_len, now=clock
+    )
+
+
+def clock_of(device: str) -> Callable[[], float]:
+    """Seconds that a pass costs: on a CPU those of this thread, whatever else the machine does meanwhile."""
+    return thread_time if torch.device(device).type == "cpu" else perf_counter

@@ -9,7 +9,7 @@ A slot whose draft token was not kept lies behind `num_computed_tokens`: it is o
 the prefix cache, and its block is the request's next one.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from time import perf_counter
 from typing import Protocol
@@ -111,12 +111,14 @@ class DraftAndVerify:
         *,
         target_costs: CostTable,
         max_model_len: int,
+        now: Callable[[], float] = perf_counter,
     ) -> None:
         self._proposer = proposer
         self._verifier = verifier
         self._lengths = lengths
         self._target_costs = target_costs
         self._max_model_len = max_model_len
+        self._now = now
         self._began = 0.0
         self.stats = SpeculationStats()
 
@@ -141,12 +143,12 @@ class DraftAndVerify:
     def propose(self, plan: list[Scheduled]) -> Proposal:
         """Fill the slots; some may stay empty."""
         if any(item.num_draft_tokens for item in plan):
-            start = perf_counter()
+            start = self._now()
             drafts = self._proposer.propose(plan)
-            self.stats.draft_s += perf_counter() - start
+            self.stats.draft_s += self._now() - start
         else:
             drafts = [NO_DRAFT] * len(plan)
-        self._began = perf_counter()
+        self._began = self._now()
         filled = [
             replace(item, draft_token_ids=draft.token_ids) if draft.token_ids else item
             for item, draft in zip(plan, drafts, strict=True)
@@ -160,7 +162,7 @@ class DraftAndVerify:
     def sample(self, logits: Tensor, proposal: Proposal) -> list[Sample]:
         """One sample for each of `Request.samplers`, in plan order."""
         samples = self._verifier.sample(logits, proposal.plan, proposal.drafts)
-        seconds = perf_counter() - self._began
+        seconds = self._now() - self._began
         if all(item.request.state is RequestState.RUNNING for item in proposal.plan):
             self._target_costs.observe(len(logits), seconds)
         drafted = [item for item in proposal.plan if item.draft_token_ids]

@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gateway.attempt import Finished, Progress, Source
+from gateway.openai_answer import usage_json
 from protos.tandem.v1 import common_pb2 as pb
 from runtime.errors import Overloaded, Unavailable
 
@@ -201,3 +202,19 @@ def test_an_unknown_choice_is_dropped_or_fails_the_attempt() -> None:
     assert not progress.on_frame(D, of_choice(1, 7)).token_ids
     progress.on_end(D, finished(1))
     assert progress.failed is not None
+
+
+def test_draft_tokens_are_counted_over_all_attempts():
+    progress, usage = Progress(), pb.Usage()
+    progress.draft_tokens.write(usage)
+    assert not usage.HasField("accepted_prediction_tokens")
+    for attempt, (start, tokens, accepted, rejected) in enumerate([(0, [1, 2, 3], 2, 1), (3, [4], 0, 4)]):
+        progress.begin(split=False)
+        counts = {"accepted_draft_tokens": accepted, "rejected_draft_tokens": rejected}
+        progress.on_frame(D, frame(start, tokens, attempt, **counts))
+    progress.draft_tokens.write(usage)
+    assert (usage.accepted_prediction_tokens, usage.rejected_prediction_tokens) == (2, 5)
+    assert usage_json(usage)["completion_tokens_details"] == {
+        "accepted_prediction_tokens": 2,
+        "rejected_prediction_tokens": 5,
+    }
