@@ -222,6 +222,7 @@ def main() -> None:
             report["runs"].append(
                 {"dtype": dtype, "threads": threads, "arms": [cpu_report.summary(each) for each in measured]}
             )
+    report["load_average_at_end"] = os.getloadavg()[0]
     cpu_report.compare(report["runs"])
     (RESULTS / "cpu.json").write_text(json.dumps(report, indent=2) + "\n")
     table = cpu_report.table(report)

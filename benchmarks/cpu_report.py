@@ -69,7 +69,8 @@ def _ratios(arm: dict[str, Any], rivals: list[dict[str, Any]]) -> dict[str, floa
 
 
 PREAMBLE = """\
-{cpu}, {cpus} cores, {date}, commit {commit}, load average {load_average_at_start:.1f} when it started.
+{cpu}, {cpus} cores, {date}, commit {commit}, load average {load_average_at_start:.1f} at the start and
+{load_average_at_end:.1f} at the end: where that exceeds the cores, only CPU time means much.
 32 requests at once, prompts of 32 to 512 tokens, 16 to 64 output tokens, a random Llama of 27M parameters.
 Medians of the rounds; each ratio is to the best of the peer's settings in that column (tf: transformers,
 ov: openvino-genai). In brackets: most tokens in a step. An arm with N threads is pinned to N cores;

@@ -26,7 +26,14 @@ def report():
     ]
     runs = [{"dtype": "float32", "threads": 1, "arms": [cpu_report.summary(each) for each in arms]}]
     cpu_report.compare(runs)
-    machine = {"cpu": "X", "cpus": 2, "date": "now", "commit": "c", "load_average_at_start": 0.0}
+    machine = {
+        "cpu": "X",
+        "cpus": 2,
+        "date": "now",
+        "commit": "c",
+        "load_average_at_start": 0.0,
+        "load_average_at_end": 0.0,
+    }
     return machine | {"runs": runs}
 
 
