@@ -1,7 +1,7 @@
 """Pages about workers: prefill against decode, and one of them."""
 
 from tools.grafana.panels import Dashboard, Panel, Query, Row, label_variable
-from tools.grafana.promql import mean, quantile, quantiles, rate
+from tools.grafana.promql import mean, quantile, quantiles, rate, ratio
 
 SPLIT = Dashboard(
     uid="tandem-split",
@@ -136,6 +136,50 @@ SPLIT = Dashboard(
                     "Cached blocks evicted",
                     (Query(rate("tandem_prefix_cache_evicted_blocks_total", "job"), "{{job}}"),),
                     "ops",
+                ),
+            ),
+        ),
+        Row(
+            "Speculation",
+            (
+                Panel(
+                    "Draft tokens accepted",
+                    (
+                        Query(
+                            ratio(
+                                "tandem_spec_accepted_tokens_total", "tandem_spec_draft_tokens_total", "job"
+                            ),
+                            "{{job}}",
+                        ),
+                    ),
+                    "percentunit",
+                ),
+                Panel(
+                    "Tokens per draft",
+                    (
+                        Query(
+                            ratio("tandem_spec_emitted_tokens_total", "tandem_spec_drafts_total", "job"),
+                            "{{job}}",
+                        ),
+                    ),
+                    about="The target's own token included: 1 means that no draft was of use.",
+                ),
+                Panel(
+                    "Accepted by position",
+                    (
+                        Query(
+                            rate("tandem_spec_accepted_tokens_per_position_total", "position"), "{{position}}"
+                        ),
+                    ),
+                    "ops",
+                ),
+                Panel(
+                    "Seconds per second",
+                    (
+                        Query(rate("tandem_spec_draft_seconds_total"), "to propose"),
+                        Query(rate("tandem_spec_verify_seconds_total"), "to verify"),
+                    ),
+                    "s",
                 ),
             ),
         ),

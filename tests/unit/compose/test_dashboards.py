@@ -8,9 +8,11 @@ import pytest
 import yaml
 from prometheus_client.utils import floatToGoString
 
+from engine.speculative.speculation import SpeculationStats
 from gateway.metrics import GatewayMetrics
 from tools import dashboards
 from worker.metrics import WorkerMetrics
+from worker.speculation_metrics import SpeculationCollector
 
 COMPOSE = Path(__file__).resolve().parents[3] / "compose"
 FROM_PROMETHEUS = {"job", "instance", "le"}
@@ -38,6 +40,7 @@ def registries():
     for side, role in (("sender", "prefill"), ("receiver", "decode")):
         metrics = WorkerMetrics(side)
         metrics.watch_prefix_cache(PrefixCacheStats())
+        metrics.registry.register(SpeculationCollector(SpeculationStats()))
         metrics.watch_attempts(role, Timelines(), float)
         yield metrics.registry
     yield GatewayMetrics().registry
