@@ -2,13 +2,13 @@
 
 import pytest
 
-from benchmarks.policies import LOADS, POLICIES, Simulation, simulate, summary, table
+from benchmarks.policies import ARMS, LOADS, Simulation, simulate, summary, table
 
 
 @pytest.mark.parametrize("load", LOADS, ids=lambda load: load.name)
-@pytest.mark.parametrize("policy", POLICIES)
-def test_every_request_gets_its_tokens_and_times_are_possible(load, policy):
-    simulation = Simulation(load, policy, 50).run()
+@pytest.mark.parametrize("arm", ARMS, ids=lambda arm: arm.name)
+def test_every_request_gets_its_tokens_and_times_are_possible(load, arm):
+    simulation = Simulation(load, arm, 50).run()
     machine = load.machine
     for job in simulation.jobs:
         num_prompt, num_outputs = (
@@ -25,5 +25,5 @@ def test_every_request_gets_its_tokens_and_times_are_possible(load, policy):
 def test_the_table_has_a_row_for_each_trace_and_policy():
     rows = simulate(num_requests=5)
     lines = table(rows).splitlines()
-    assert len(lines) == 2 + len(LOADS) * len(POLICIES)
+    assert len(lines) == 2 + len(LOADS) * len(ARMS)
     assert "azure-conv | fcfs" in lines[2]
