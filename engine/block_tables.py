@@ -10,7 +10,7 @@ The life of a block:
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 
-from engine.block_keys import KeyFunction, no_keys
+from engine.block_keys import BlockKey, KeyFunction, no_keys
 from engine.block_pool import BlockPool
 from engine.draft_coverage import DraftCoverage
 from engine.outputs import PrefixCacheStats
@@ -137,9 +137,14 @@ class BlockTables:
         Blocks of a prefill-only request are being read under their ids, so they stay its own and unknown,
         and so does what follows them.
         """
-        keys = self._keys(request, request.num_computed_tokens // self.block_size)
         if request.num_published_blocks > 0 and self._last_published(request) not in self._cache:
             request.num_published_blocks = request.num_draft_published_blocks = 0
+        num_full = request.num_computed_tokens // self.block_size
+        if num_full > request.num_published_blocks:
+            self._publish_blocks(request, self._keys(request, num_full))
+        self.draft_coverage.publish(request)
+
+    def _publish_blocks(self, request: Request, keys: Sequence[BlockKey]) -> None:
         for position in range(request.num_published_blocks, len(keys)):
             own = tuple(table[position] for table in request.block_tables)
             above = self._last_published(request) if position else None
@@ -147,11 +152,10 @@ class BlockTables:
             if known == own:
                 self._keep(known)
             elif known is None or request.prefill_only:
-                break
+                return
             else:
                 self._exchange(request, position, known)
             request.num_published_blocks += 1
-        self.draft_coverage.publish(request)
 
     def free(self, request: Request) -> None:
         """Take all blocks back; what is not published is gone."""
@@ -166,7 +170,7 @@ class BlockTables:
 
         It may have got the fault from any block that it shares, or have passed it on.
         """
-        if request.num_published_blocks > 0 and request.block_tables[0][0] in self._cache:
+        if request.block_tables and request.block_tables[0][0] in self._cache:
             for block_ids in self._cache.remove_family(request.block_tables[0][0]):
                 self._drop(block_ids)
         request.num_published_blocks = request.num_draft_published_blocks = 0

@@ -55,6 +55,7 @@ class Client:
         request_id: str = "",
         model: str = "",
         priority: int = 0,
+        cache_salt: str = "",
         timeout: float | None = None,
         **sampling: Unpack[Sampling],
     ) -> AsyncIterator[Delta]:
@@ -67,6 +68,7 @@ class Client:
             request_id=request_id,
             model=model,
             priority=priority,
+            cache_salt=cache_salt,
             sampling=messages.sampling_params(sampling),
             **messages.prompt_fields(prompt),
         )
@@ -85,6 +87,7 @@ class Client:
         request_id: str = "",
         model: str = "",
         priority: int = 0,
+        cache_salt: str = "",
         timeout: float | None = None,
         **sampling: Unpack[Sampling],
     ) -> Completion:
@@ -93,6 +96,7 @@ class Client:
             request_id=request_id,
             model=model,
             priority=priority,
+            cache_salt=cache_salt,
             sampling=messages.sampling_params(sampling),
             **messages.prompt_fields(prompt),
         )

@@ -58,6 +58,18 @@ async def test_generate_and_complete() -> None:
         await made.quiet()
 
 
+async def test_cache_salt_reaches_both_workers() -> None:
+    async with cluster(*PAIR) as made, stub(made) as api:
+        asked = request(max_tokens=1)
+        asked.cache_salt = "tenant"
+        assert [delta async for delta in api.Generate(asked)]
+        assert [worker.submits[-1].cache_salt for worker in made.workers.values()] == ["tenant"] * 2
+        asked.cache_salt = "x" * 257
+        with pytest.raises(grpc.aio.AioRpcError) as raised:
+            [delta async for delta in api.Generate(asked)]
+        assert raised.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+
+
 async def test_max_tokens_unset_is_what_the_context_leaves() -> None:
     async with cluster(*PAIR) as made, stub(made) as api:
         deltas = [delta async for delta in api.Generate(request())]
