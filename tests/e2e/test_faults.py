@@ -78,6 +78,7 @@ def test_prefill_worker_killed_before_the_first_token(split: Up) -> None:
     eventually(lambda: all_ready(split), 60, "all workers")
     long = {"prompt": list(range(3, 1803)), "max_tokens": 8, **GREEDY}
     undisturbed = split.complete(**long)["choices"][0]["token_ids"]
+    long["cache_salt"] = "computed again"
     result: list[list[int]] = []
     caller = threading.Thread(target=lambda: result.append(split.complete(**long)["choices"][0]["token_ids"]))
     caller.start()

@@ -78,18 +78,28 @@ def test_every_process_exports_what_it_measures(split: Up) -> None:
     assert {count for text in texts.values() for count in in_stage.findall(text)} <= {"0.0"}
 
 
-def test_both_ends_of_a_link_count_the_same_bytes(split: Up) -> None:
-    eventually(split.is_quiet, 5, "quiet")
+def moved_bytes(up: Up) -> dict[tuple[str, str, str], float]:
+    """KV bytes by (worker, its peer, side)."""
     pattern = re.compile(r'^tandem_kv_transfer_bytes_total\{peer="(.*)",side="(.*)"\} (\S+)$', re.MULTILINE)
-    moved = {
+    return {
         (name, peer, side): float(number)
-        for name, text in expositions(split).items()
+        for name, text in expositions(up).items()
         for peer, side, number in pattern.findall(text)
     }
-    assert moved
-    for (name, peer, side), number in moved.items():
-        if side == "sender":
-            assert moved[peer, name, "receiver"] == number
+
+
+def test_both_ends_of_a_link_count_the_same_bytes(split: Up) -> None:
+    eventually(lambda: len(split.workers()) == 4 and split.is_quiet(), 60, "all workers, quiet")
+    before = moved_bytes(split)
+    split.complete([number * 7 % 4000 + 3 for number in range(300)], max_tokens=3, ignore_eos=True)
+    eventually(split.is_quiet, 5, "quiet")
+    grown = {key: number - before.get(key, 0) for key, number in moved_bytes(split).items()}
+    sent = {(name, peer): grew for (name, peer, side), grew in grown.items() if side == "sender" and grew}
+    received = {
+        (peer, name): grew for (name, peer, side), grew in grown.items() if side == "receiver" and grew
+    }
+    assert len(sent) == 1
+    assert sent == received
 
 
 @pytest.mark.skipif(shutil.which("promtool") is None, reason="needs promtool (Debian package prometheus)")
