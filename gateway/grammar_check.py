@@ -98,7 +98,10 @@ class GrammarCheck:
 
     async def _running(self) -> Process:
         if self._helper is None or self._helper.returncode is not None:
-            self._helper = await self._start()
+            try:
+                self._helper = await self._start()
+            except Internal:  # a start that failed on a crowded machine may work the next time
+                self._helper = await self._start()
         return self._helper
 
     async def _start(self) -> Process:
