@@ -1,5 +1,6 @@
 # make serve   install into .venv and run `tandem up` (ARGS="--decode 2" adds flags)
 # make test    install and run the tests
+# make bench-split  split beside co-located on this machine
 # make bench-cpu  Tandem beside its peers on this CPU
 # make bench-speculation   tokens a second with speculation over without
 # make bench-policies   scheduling policies on recorded traces, simulated
@@ -15,7 +16,7 @@ TEST_ENV := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive GOMP_SPINCOUNT=0
 SOURCES := protos gateway prefill_svc decode_svc worker engine kvtransfer kernels runtime tandem
 ALL := $(SOURCES) compose tests tools $(wildcard benchmarks)
 
-.PHONY: serve test test-long check protos dashboards bench bench-cpu bench-policies bench-speculation bench-tracing clean
+.PHONY: serve test test-long check protos dashboards bench bench-split bench-cpu bench-policies bench-speculation bench-tracing clean
 
 serve: $(VENV)/.installed
 	@exec $(BIN)/tandem up $(ARGS)
@@ -45,6 +46,9 @@ bench: $(VENV)/.installed
 	$(BIN)/tandem bench $(ARGS)
 
 # Tandem beside transformers and openvino-genai on this machine's CPU; installs the peers into .venv-peers.
+bench-split: $(VENV)/.installed-dev
+	$(TEST_ENV) $(BIN)/python -m benchmarks.split $(ARGS)
+
 bench-cpu: $(VENV)/.installed-dev
 	@$(BIN)/python -m benchmarks.cpu $(ARGS)
 
