@@ -22,6 +22,11 @@ logger = logging.getLogger(__name__)
 
 HELPER = "gateway.grammar_helper"
 
+MAX_STARTS = 5
+"""Tries to start the helper for one grammar."""
+
+RESTART_PAUSE_S = 0.2
+
 START_TIMEOUT_S = 30.0
 """A large tokenizer takes seconds."""
 
@@ -98,10 +103,13 @@ class GrammarCheck:
 
     async def _running(self) -> Process:
         if self._helper is None or self._helper.returncode is not None:
-            try:
-                self._helper = await self._start()
-            except Internal:  # a start that failed on a crowded machine may work the next time
-                self._helper = await self._start()
+            for _ in range(MAX_STARTS - 1):
+                try:
+                    self._helper = await self._start()
+                    return self._helper
+                except Internal:  # a start that failed on a crowded machine may work the next time
+                    await asyncio.sleep(RESTART_PAUSE_S)
+            self._helper = await self._start()
         return self._helper
 
     async def _start(self) -> Process:
@@ -121,6 +129,7 @@ class GrammarCheck:
             async with asyncio.timeout(START_TIMEOUT_S):
                 first = await _read(helper)
         except (TimeoutError, EOFError):
+            logger.warning("the grammar helper did not start (exit code %s)", helper.returncode)
             raise Internal("the grammar helper does not start") from None
         finally:
             if "ready" not in first:
