@@ -38,6 +38,7 @@ class Oracle:
     """Drafts the undisturbed output, each token wrong with probability 1 - rate."""
 
     max_draft_tokens = 8
+    reads_hidden = False
 
     def __init__(self, outputs: dict[object, list[int]], rate: float) -> None:
         self._outputs = outputs

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from engine.models.inputs import FinalRows
 from engine.plan import Scheduled
 from kernels.attention import AttentionBatch
 
@@ -14,7 +15,7 @@ MIN_ROWS = 4
 below (measured on CPU): all batches are padded to it."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(kw_only=True, slots=True)
 class Span:
     """Consecutive new tokens of one request."""
 
@@ -26,7 +27,9 @@ class Span:
     num_singles: int = 0
     """So many tokens at the end are each computed like the one token of a decode step: the same bits."""
     samples: Sequence[int] = field(default=())
-    """Tokens whose logits are wanted, counted within the span; one may be named more than once."""
+    """Tokens behind which something is sampled, counted within the span; one may be named more than once."""
+    scored: Sequence[int] = field(default=())
+    """Tokens whose logits are wanted for the prompt's log-probabilities, counted within the span."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,9 +43,11 @@ class Batch:
     slot_mapping: Tensor
     """int64 [num_tokens]: the slot of each new token; padding rows have none."""
     attention: AttentionBatch
-    sample_rows: Tensor
-    """int64 [max(num_samples, MIN_ROWS)]: rows whose logits are wanted; padding is row 0."""
+    final: FinalRows | None
+    """Rows whose logits are wanted: first those of all samples, then all that are scored, padded to MIN_ROWS;
+    None if that is every row, in order."""
     num_samples: int
+    num_scored: int
 
 
 def build_batch(plan: Sequence[Scheduled], *, block_size: int, device: torch.device) -> Batch:
@@ -57,12 +62,15 @@ def _span(item: Scheduled) -> Span:
     samples: Sequence[int] = ()
     if item.samples:
         samples = range(last, last + 1 + num_drafts) if num_drafts else [last] * len(request.samplers)
+    start = request.num_computed_tokens
+    scored = item.scored
     return Span(
         table=request.block_tables[0],
-        start=request.num_computed_tokens,
-        token_ids=[*request.tokens(request.num_computed_tokens, item.context_len), *item.draft_token_ids],
+        start=start,
+        token_ids=[*request.tokens(start, item.context_len), *item.draft_token_ids],
         num_singles=num_drafts,
         samples=samples,
+        scored=range(scored.start - start, scored.stop - start),
     )
 
 
@@ -71,9 +79,9 @@ def pack(spans: Sequence[Span], *, block_size: int, device: torch.device) -> Bat
     token_ids: list[int] = []
     positions: list[int] = []
     slots: list[int] = []
-    sample_rows: list[int] = []
+    first_rows: list[int] = []
     for span in spans:
-        sample_rows += [len(token_ids) + sample for sample in span.samples]
+        first_rows.append(len(token_ids))
         token_ids += span.token_ids
         of_span = range(span.start, span.start + len(span.token_ids))
         positions += of_span
@@ -85,9 +93,29 @@ def pack(spans: Sequence[Span], *, block_size: int, device: torch.device) -> Bat
         positions=_padded(positions, device),
         slot_mapping=torch.tensor(slots, dtype=torch.int64, device=device),
         attention=_attention(spans, block_size, device),
-        sample_rows=_padded(sample_rows, device),
-        num_samples=len(sample_rows),
+        final=_final_rows(spans, first_rows, len(token_ids), block_size, device),
+        num_samples=sum(len(span.samples) for span in spans),
+        num_scored=sum(len(span.scored) for span in spans),
     )
+
+
+def _final_rows(
+    spans: Sequence[Span], first_rows: Sequence[int], num_rows: int, block_size: int, device: torch.device
+) -> FinalRows | None:
+    each = list(zip(spans, first_rows, strict=True))
+    wanted = [(span, first, index) for span, first in each for index in span.samples]
+    wanted += [(span, first, index) for span, first in each for index in span.scored]
+    rows = [first + index for _, first, index in wanted]
+    if rows == list(range(num_rows)):
+        return None
+    attention = AttentionBatch(
+        query_lens=[1] * len(rows),
+        context_lens=[span.start + index + 1 for span, _, index in wanted],
+        block_tables=[span.table for span, _, _ in wanted],
+        block_size=block_size,
+        device=device,
+    )
+    return FinalRows(rows=_padded(rows, device), attention=attention)
 
 
 def _attention(spans: Sequence[Span], block_size: int, device: torch.device) -> AttentionBatch:

@@ -137,9 +137,11 @@ class BlockTables:
         Blocks of a prefill-only request are being read under their ids, so they stay its own and unknown,
         and so does what follows them.
         """
+        num_full = request.num_computed_tokens // self.block_size
+        if num_full == request.num_published_blocks and not self.draft_coverage.lags(request):
+            return
         if request.num_published_blocks > 0 and self._last_published(request) not in self._cache:
             request.num_published_blocks = request.num_draft_published_blocks = 0
-        num_full = request.num_computed_tokens // self.block_size
         if num_full > request.num_published_blocks:
             self._publish_blocks(request, self._keys(request, num_full))
         self.draft_coverage.publish(request)

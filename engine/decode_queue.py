@@ -40,12 +40,13 @@ class DecodeQueue:
         pending = deque(self.running)
         while pending and len(scheduled) < seats:
             request = pending.popleft()
-            while tables.missing(request, request.num_tokens) > tables.num_free:
+            while (needed := tables.missing(request, request.num_tokens)) and needed > tables.num_free:
                 victim = pending.pop() if pending else request
                 displace(victim)
                 if victim is request:
                     break
             else:
-                tables.grow(request, request.num_tokens)
+                if needed:
+                    tables.grow(request, request.num_tokens)
                 scheduled.append(Scheduled(request, request.num_tokens - request.num_computed_tokens))
         return scheduled

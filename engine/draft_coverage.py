@@ -31,14 +31,20 @@ class DraftCoverage:
         request.num_draft_computed_tokens = num_covered * self._block_size
         request.num_draft_published_blocks = num_covered
 
+    def lags(self, request: Request) -> bool:
+        """The draft has completed published blocks of the request that are not noted yet."""
+        return request.num_draft_published_blocks < self._end(request)
+
     def publish(self, request: Request) -> None:
         """Note the request's published blocks that its draft has meanwhile completed."""
-        computed = request.num_draft_computed_tokens // self._block_size
-        end = min(request.num_published_blocks, computed)
-        first = request.num_draft_published_blocks
-        if first < end:
+        if self.lags(request):
+            first, end = request.num_draft_published_blocks, self._end(request)
             self._covered.update(request.block_tables[0][first:end])
             request.num_draft_published_blocks = end
+
+    def _end(self, request: Request) -> int:
+        computed = request.num_draft_computed_tokens // self._block_size
+        return min(request.num_published_blocks, computed)
 
     def exchange(self, request: Request, position: int, block_id: int) -> None:
         """The request's block at this position becomes a published one."""

@@ -163,7 +163,7 @@ class Engine:
 
     def _publish(self, request: Request, row: list[tuple[Request, Sample]]) -> None:
         """Others may share what was computed; if it gave no sound logits, nobody may."""
-        if any(sample.error is not None for _, sample in row):
+        if [sample for _, sample in row if sample.error is not None]:
             self.kv_cache.tables.retract(request)
         else:
             self.kv_cache.tables.publish(request)

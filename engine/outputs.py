@@ -9,7 +9,7 @@ from engine.plan import Scheduled
 from engine.request import FinishReason, Request, TokenLogprob
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(kw_only=True, slots=True)
 class StepOutput:
     """New tokens of one choice of a request."""
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from engine.request import Request
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Scheduled:
     """One request's part of a step: its next `query_len` tokens are computed."""
 
@@ -30,3 +30,16 @@ class Scheduled:
     def samples(self) -> bool:
         """The step reaches the end of the sequence: the next token is sampled."""
         return self.context_len == self.request.num_tokens
+
+    @property
+    def scored(self) -> range:
+        """Positions of the step whose logits give the log-probability of the prompt's next token.
+
+        Entry i of `Request.prompt_logprobs` comes from position i; positions computed again are left out.
+        """
+        request, start = self.request, self.request.num_computed_tokens
+        if request.prompt_logprobs is None:
+            return range(0)
+        num_done, end = len(request.prompt_logprobs), len(request.prompt_token_ids) - 1
+        assert start <= num_done or start >= end, "positions were left out"
+        return range(num_done, min(self.context_len, end))

@@ -2,7 +2,7 @@
 
 import torch
 
-from engine.batch import build_batch
+from engine.batch import MIN_ROWS, build_batch
 from engine.config import EngineConfig
 from engine.kv_cache import KvCache
 from engine.loader import LoadedModel
@@ -32,12 +32,21 @@ class Runner:
         batch = build_batch(
             proposal.plan, block_size=self._kv_cache.tables.block_size, device=kv_group.device
         )
+        num_samples, final = batch.num_samples, batch.final
         hidden = self._module.forward(
-            batch.token_ids, batch.positions, kv_group, batch.slot_mapping, batch.attention
+            batch.token_ids,
+            batch.positions,
+            kv_group,
+            batch.slot_mapping,
+            batch.attention,
+            None if self.speculation.reads_hidden else final,
         )
-        record_prompt_logprobs(proposal.plan, hidden, self._module.logits)
         self.speculation.follow(proposal.plan, hidden)
-        if not batch.num_samples:
+        if final is not None and self.speculation.reads_hidden:
+            hidden = hidden.index_select(0, final.rows)
+        scored = hidden[num_samples : num_samples + batch.num_scored]
+        record_prompt_logprobs(proposal.plan, scored, self._module.logits)
+        if not num_samples:
             return []
-        logits = self._module.logits(hidden.index_select(0, batch.sample_rows))
-        return self.speculation.sample(logits[: batch.num_samples], proposal)
+        logits = self._module.logits(hidden[: max(num_samples, MIN_ROWS)])
+        return self.speculation.sample(logits[:num_samples], proposal)

@@ -20,7 +20,7 @@ from engine.warpers import warp
 from kernels import ops
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Sample:
     """The outcome of one row: a token, or an error."""
 

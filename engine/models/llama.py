@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from engine.models.config import LlamaConfig
+from engine.models.inputs import FinalRows
 from engine.models.linear import linear
 from engine.models.rope import RopeTables
 from kernels import ops
@@ -37,30 +38,34 @@ class LlamaLayer:
         kv_layer: Tensor,
         slot_mapping: Tensor,
         attention: AttentionBatch,
-    ) -> Tensor:
-        """x, residual: [n, h], summed on entry, the sum left in `residual`. Returns this layer's output."""
+        final: FinalRows | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """x, residual: [n, h], summed on entry. Returns this layer's output and the residual behind it.
+
+        `final`: all rows leave their keys and values, only these rows go on.
+        """
         eps = self._config.rms_norm_eps
         x = ops.add_rms_norm(x, residual, self._attention_norm, eps)
-        x = self._attend(x, positions, rope, kv_layer, slot_mapping, attention)
+        q = self._project(x, positions, rope, kv_layer, slot_mapping)
+        if final is not None:
+            attention = final.attention
+            q, residual = q.index_select(0, final.rows), residual.index_select(0, final.rows)
+        attended = ops.paged_attention(q, kv_layer, attention, self._config.head_dim**-0.5)
+        x = self._o.apply(attended.view(len(q), -1))
         x = ops.add_rms_norm(x, residual, self._mlp_norm, eps)
-        return self._down.apply(ops.silu_mul(self._gate_up.apply(x)))
+        return self._down.apply(ops.silu_mul(self._gate_up.apply(x))), residual
 
-    def _attend(
-        self,
-        x: Tensor,
-        positions: Tensor,
-        rope: RopeTables,
-        kv_layer: Tensor,
-        slot_mapping: Tensor,
-        attention: AttentionBatch,
+    def _project(
+        self, x: Tensor, positions: Tensor, rope: RopeTables, kv_layer: Tensor, slot_mapping: Tensor
     ) -> Tensor:
+        """Queries [n, num_q_heads, head_dim]; keys and values go into their slots."""
         config = self._config
         heads = self._qkv.apply(x).view(len(x), -1, config.head_dim)
         ops.rope(heads[:, : -config.num_kv_heads], positions, rope.cos, rope.sin)
+        q: Tensor
         q, k, v = heads.split((config.num_q_heads, config.num_kv_heads, config.num_kv_heads), dim=1)
         ops.store_kv(k, v, kv_layer, slot_mapping)
-        attended = ops.paged_attention(q, kv_layer, attention, config.head_dim**-0.5)
-        return self._o.apply(attended.view(len(x), -1))
+        return q
 
 
 class Llama:
@@ -81,16 +86,21 @@ class Llama:
         kv_group: Tensor,
         slot_mapping: Tensor,
         attention: AttentionBatch,
+        final: FinalRows | None = None,
     ) -> Tensor:
         """Hidden states [n, h] after the final norm; writes the new tokens' KV into their slots.
 
         token_ids, positions: int64 [n]; kv_group: [num_layers, 2, num_blocks, block_size, num_kv_heads,
-        head_dim]; slot_mapping: int64 [num_tokens <= n], rows beyond it are padding.
+        head_dim]; slot_mapping: int64 [num_tokens <= n], rows beyond it are padding. With `final` the result
+        is [len(final.rows), h].
         """
         x = F.embedding(token_ids, self._embed)
         residual = torch.zeros_like(x)
-        for layer, kv_layer in zip(self._layers, kv_group, strict=True):
-            x = layer.forward(x, residual, positions, self._rope, kv_layer, slot_mapping, attention)
+        finals = [*[None] * (len(self._layers) - 1), final]
+        for layer, kv_layer, only in zip(self._layers, kv_group, finals, strict=True):
+            x, residual = layer.forward(
+                x, residual, positions, self._rope, kv_layer, slot_mapping, attention, only
+            )
         return ops.add_rms_norm(x, residual, self._norm, self.config.rms_norm_eps)
 
     def logits(self, hidden: Tensor) -> Tensor:

@@ -38,6 +38,7 @@ class DraftModel:
     """A proposer that runs a second model, token by token, over all requests at once."""
 
     max_draft_tokens = 8
+    reads_hidden = False
 
     def __init__(self, module: Llama, kv_cache: KvCache, *, by_rejection: bool, costs: CostTable) -> None:
         self._module = module
@@ -110,15 +111,14 @@ class DraftModel:
         with self._costs.measured(
             len(spans), typical=all(len(span.token_ids) <= USUAL_LAG for span in spans)
         ):
-            hidden, rows = self._forward(spans)
-            return self._module.logits(hidden.index_select(0, rows))[: len(spans)]
+            return self._module.logits(self._forward(spans))[: len(spans)]
 
-    def _forward(self, spans: Sequence[Span]) -> tuple[Tensor, Tensor]:
+    def _forward(self, spans: Sequence[Span]) -> Tensor:
+        """Final hidden states of the spans' samples, padded; all KV."""
         batch = pack(spans, block_size=self._block_size, device=self._kv_group.device)
-        hidden = self._module.forward(
-            batch.token_ids, batch.positions, self._kv_group, batch.slot_mapping, batch.attention
+        return self._module.forward(
+            batch.token_ids, batch.positions, self._kv_group, batch.slot_mapping, batch.attention, batch.final
         )
-        return hidden, batch.sample_rows
 
 
 class Drafting:

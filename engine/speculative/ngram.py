@@ -54,6 +54,7 @@ class NgramProposer:
     """Prompt lookup for every request; deterministic, so nothing of it moves with a request."""
 
     max_draft_tokens = 8
+    reads_hidden = False
 
     def __init__(self) -> None:
         self._indices: WeakKeyDictionary[Request, NgramIndex] = WeakKeyDictionary()

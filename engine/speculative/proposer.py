@@ -31,12 +31,20 @@ class Proposer(Protocol):
         """More are not worth asking for."""
         ...
 
+    @property
+    def reads_hidden(self) -> bool:
+        """`follow` needs the target's final hidden states, of all rows."""
+        ...
+
     def propose(self, plan: Sequence[Scheduled]) -> list[Draft]:
         """A draft behind each request's sequence, of up to its `num_draft_tokens` tokens."""
         ...
 
     def follow(self, plan: Sequence[Scheduled], hidden: Tensor) -> None:
-        """The target has computed a plan; hidden: [num_rows, hidden_size], its packed final hidden states."""
+        """The target has computed a plan.
+
+        hidden: [num_rows, hidden_size], its packed final hidden states if `reads_hidden`, else some of them.
+        """
         ...
 
     def rewind(self, request: Request, num_accepted: int) -> None:

@@ -59,6 +59,11 @@ class Speculation(Protocol):
 
     stats: SpeculationStats
 
+    @property
+    def reads_hidden(self) -> bool:
+        """`follow` needs the target's final hidden states, of all rows."""
+        ...
+
     def extend(self, decodes: list[Scheduled], tables: BlockTables, budget: int) -> list[Scheduled]:
         """The decodes with slots for draft tokens behind them, of at most `budget` tokens in all."""
         ...
@@ -78,6 +83,8 @@ class Speculation(Protocol):
 
 class NoSpeculation:
     """One token a step."""
+
+    reads_hidden = False
 
     def __init__(self, sampler: Sampler) -> None:
         self._sampler = sampler
@@ -121,6 +128,11 @@ class DraftAndVerify:
         self._now = now
         self._began = 0.0
         self.stats = SpeculationStats()
+
+    @property
+    def reads_hidden(self) -> bool:
+        """As the proposer does."""
+        return self._proposer.reads_hidden
 
     def extend(self, decodes: list[Scheduled], tables: BlockTables, budget: int) -> list[Scheduled]:
         """Drafts take what is left: no request waits or loses its blocks for another one's draft.
