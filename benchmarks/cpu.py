@@ -57,7 +57,9 @@ def arm_specs() -> list[ArmSpec]:
         ArmSpec("openvino-genai", openvino, peer_openvino, 2048),
         ArmSpec("openvino-genai, chunks of 256", openvino, peer_openvino, 256),
         ArmSpec("tandem engine", ours, ("-m", "benchmarks.peers.tandem_engine"), 2048),
-        ArmSpec("tandem up", ours, ("-m", "benchmarks.peers.tandem_split"), 2048),
+        ArmSpec("tandem engine, chunks of 256", ours, ("-m", "benchmarks.peers.tandem_engine"), 256),
+        ArmSpec("tandem up", ours, ("-m", "benchmarks.peers.tandem_split"), 512),
+        ArmSpec("tandem up, chunks of 256", ours, ("-m", "benchmarks.peers.tandem_split"), 256),
     ]
 
 

@@ -75,7 +75,7 @@ class NoModel:
     """Answers at once, so that what remains of a step is schedule, batch, sampler and commit."""
 
     def __init__(self) -> None:
-        self._hidden = torch.zeros(EngineConfig().max_num_batched_tokens, 1)
+        self._hidden = torch.zeros(2048, 1)
         self._logits = torch.zeros(DEFAULT["batch"], CONFIG["vocab_size"])
 
     def forward(

@@ -28,7 +28,7 @@ class EngineConfig:
     """Most tokens of a sequence, prompt and output; None: what the checkpoint allows."""
     max_num_seqs: int = 256
     """Most requests that decode, are prefilled or are reserved at a time."""
-    max_num_batched_tokens: int = 2048
+    max_num_batched_tokens: int = 512
     """Most tokens of a step; longer prompts are computed in chunks."""
     prefix_cache: bool = True
     """Keep full blocks after their requests, and share them among requests that start alike."""

@@ -68,8 +68,8 @@ class EngineSettings(ProcessSettings):
     """Memory of the KV pool of one worker, for example 512MiB or 8GiB."""
     max_num_seqs: Count = 256
     """Most requests in one step."""
-    max_num_batched_tokens: Count = 2048
-    """Most tokens in one step; longer prompts are computed in chunks."""
+    max_num_batched_tokens: Count = 512
+    """Most tokens in one step; longer prompts are computed in chunks. More is no faster on a CPU, only later."""
     prefix_cache: bool = True
     """Keep KV blocks after their requests and share them among requests that start alike."""
     scheduling_policy: Literal["fcfs", "priority", "mlfq"] = "fcfs"
