@@ -48,7 +48,7 @@ logger = logging.getLogger(__name__)
 
 
 class Intake(Protocol):
-    """Who is told what comes over the links; on the event loop."""
+    """Who is told what comes over the links; on the event loop, but for `commit`."""
 
     receiving: Receiving
 
@@ -56,8 +56,12 @@ class Intake(Protocol):
         """A sender offers a transfer."""
         ...
 
-    def committed(self, transfer_id: bytes, commit: m.Commit) -> None:
-        """A transfer is complete."""
+    def commit(self, transfer_id: bytes, commit: m.Commit, num_groups: int) -> None:
+        """A transfer is complete: hand its request to the engine. From any thread."""
+        ...
+
+    def committed(self, transfer_id: bytes) -> None:
+        """The same for the loop's books, later."""
         ...
 
     def failed(self, transfer_id: bytes, error: TandemError) -> None:
@@ -172,7 +176,7 @@ class DecodeLink:
             make_slabs(welcome.num_slabs, welcome.frame_sizes[0]),
             deliver=self._deliver,
             post=stream.post,
-            on_event=lambda event: parts.bridge.on_loop(self._on_event, event),
+            on_event=self._tell,
             on_failed=self.failure.tell,
         )
         self._moved = LinkCounts(self._pump, parts.metrics, sender)
@@ -209,14 +213,20 @@ class DecodeLink:
 
         self._parts.bridge.thread.post(scatter)
 
+    def _tell(self, event: ReceiverEvent) -> None:
+        """From any thread. A commit does not go by way of the loop: the engine's next step is to have it."""
+        self._parts.bridge.on_loop(self._on_event, event)
+        if isinstance(event, TransferCommitted):
+            assert event.commit is not None
+            self._intake.commit(event.transfer_id, event.commit, self.num_groups)
+
     def _on_event(self, event: ReceiverEvent) -> None:
         match event:
             case Offered():
                 self._intake.offered(self, event.transfer_id)
             case TransferCommitted():
-                assert event.commit is not None
                 self._moved.update()
-                self._intake.committed(event.transfer_id, event.commit)
+                self._intake.committed(event.transfer_id)
             case TransferFailed():
                 error = Unavailable(f"KV transfer: {event.reason}", retryable=event.retryable)
                 self._intake.failed(event.transfer_id, error)

@@ -129,10 +129,23 @@ class DecodeRole:
         incoming = self._incoming.pop(transfer_id)
         if incoming.link is not None:
             incoming.link.cancel(transfer_id, "the attempt was aborted")
-        self._bridge.thread.post(lambda engine: self.receiving.drop(engine, transfer_id))
+        self._bridge.thread.post(lambda engine: self._drop(engine, transfer_id, key))
 
-    def committed(self, transfer_id: bytes, commit: Commit) -> None:
-        """Every frame lies in the pool: the engine may decode."""
+    def _drop(self, engine: Engine, transfer_id: bytes, key: AttemptKey) -> None:
+        """The transfer may have been committed while the loop did not know."""
+        self.receiving.drop(engine, transfer_id)
+        engine.abort(key)
+
+    def abort_choice(self, key: AttemptKey, choice: int) -> None:
+        """End one choice; the others go on."""
+        self._bridge.abort_choice(key, choice)
+
+    def commit(self, transfer_id: bytes, commit: Commit, num_groups: int) -> None:
+        """Every frame lies in the pool: the engine decodes from its next step on. From any thread."""
+        self._bridge.thread.post(lambda engine: self._commit(engine, transfer_id, commit, num_groups))
+
+    def committed(self, transfer_id: bytes) -> None:
+        """Every frame lies in the pool, and the engine has been told."""
         incoming = self._incoming.pop(transfer_id, None)
         if incoming is None:
             return
@@ -142,18 +155,22 @@ class DecodeRole:
         if timeline is not None:
             self._metrics.received(timeline)
         self._bridge.timelines.begin(incoming.key, GENERATE)
-        assert incoming.link is not None
-        num_groups = incoming.link.num_groups
-        self._bridge.post(incoming.key, lambda engine: self._commit(engine, transfer_id, commit, num_groups))
 
     def _commit(self, engine: Engine, transfer_id: bytes, commit: Commit, num_groups: int) -> None:
         request = self.receiving.take(transfer_id)
         if request is None:
             return
-        samples = first_samples(request, commit)
         request.num_cached_tokens = commit.cached_tokens
-        outputs = engine.commit_choices(request, samples, has_kv=not commit.finished, num_groups=num_groups)
-        self._bridge.publish(outputs)
+        try:
+            samples = first_samples(request, commit)
+            outputs = engine.commit_choices(
+                request, samples, has_kv=not commit.finished, num_groups=num_groups
+            )
+        except TandemError as error:
+            assert isinstance(request.key, AttemptKey)
+            self._bridge.fail(request.key, error)
+        else:
+            self._bridge.publish(outputs)
 
     def failed(self, transfer_id: bytes, error: TandemError) -> None:
         """A transfer ended otherwise; the gateway may try elsewhere."""

@@ -104,6 +104,13 @@ class Engine:
             self._scheduler.finish(request)
         return request is not None
 
+    def abort_choice(self, key: Hashable, choice: int) -> None:
+        """Forget one of a request's choices and free its blocks; nothing happens unless it decodes."""
+        request = self._scheduler.live.get(key)
+        for fork in request.live_forks if request is not None else ():
+            if fork.choice == choice:
+                self._scheduler.finish(fork)
+
     def release(self, key: Hashable) -> None:
         """Free the blocks of a prefill-only request; nothing happens if it is gone already."""
         self.abort(key)

@@ -127,6 +127,14 @@ class AttachClient:
         if self._forget((request, attempt)) is not None:
             self._send(pb.AttachCommand(abort=pb.AbortAttempt(request=request, attempt=attempt)))
 
+    def abort_choice(self, request: int, attempt: int, choice: int) -> None:
+        """Give one choice of an attempt up, which others go on with; no-op if it has ended."""
+        going_on = self._going_on.get((request, attempt), set())
+        if choice in going_on and len(going_on) > 1:
+            going_on.discard(choice)
+            abort = pb.AbortAttempt(request=request, attempt=attempt, choice=choice)
+            self._send(pb.AttachCommand(abort=abort))
+
     async def run(self) -> None:
         """Keep the stream open until cancelled."""
         pause_s, longest_s = RECONNECT_S

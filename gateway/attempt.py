@@ -74,6 +74,8 @@ class ChoiceProgress:
     finished: Finished | None = None
     decode_spoke: bool = False
     """The decode worker of this attempt has sent tokens."""
+    overrun: bool = False
+    """The decode worker of this attempt goes on with it though it has finished."""
     early_finish: Finished | None = None
     """The decode worker's word, while token 0 is still on its way from the prefill worker."""
 
@@ -108,6 +110,7 @@ class Progress:
         self.dropped_frames = 0
         self.failed: Failed | None = None
         """The current attempt is over without a result."""
+        self._overruns: list[int] = []
         self.open: set[Source] = set()
         """Workers of this attempt that have not ended it: they must be told if it is given up."""
 
@@ -127,8 +130,13 @@ class Progress:
         self.failed = None
         self.open = {Source.PREFILL, Source.DECODE} if split else {Source.DECODE}
         for choice in self.choices:
-            choice.decode_spoke, choice.early_finish = False, None
+            choice.decode_spoke, choice.overrun, choice.early_finish = False, False, None
         return self.attempt
+
+    def take_overruns(self) -> list[int]:
+        """Choices that the decode worker should be told to end; each is named once in an attempt."""
+        overruns, self._overruns = self._overruns, []
+        return overruns
 
     def on_frame(self, source: Source, frame: pb.TokenFrame) -> NewTokens:
         """The unseen suffix of a frame."""
@@ -137,6 +145,9 @@ class Progress:
             return NOTHING
         choice = self.choices[frame.choice]
         if choice.finished is not None:
+            if source is Source.DECODE and not choice.overrun:
+                choice.overrun = True
+                self._overruns.append(frame.choice)
             return NOTHING
         num_seen = len(choice.emitted) - frame.start_index
         if num_seen < 0:

@@ -81,6 +81,12 @@ class Fleet:
         if client is not None:
             client.abort(request, attempt)
 
+    def abort_choice(self, worker_id: str, request: int, attempt: int, choice: int) -> None:
+        """Tell a worker to end one choice of an attempt; no-op if the worker or the attempt is gone."""
+        client = self._clients.get(worker_id)
+        if client is not None:
+            client.abort_choice(request, attempt, choice)
+
     def prefix(self, token_ids: Sequence[int], salt: str) -> Chain:
         """Names a sequence's prefixes to `candidates` and `remember`; empty as long as no worker is there."""
         facts = self.registry.facts

@@ -127,6 +127,7 @@ class RequestRun:
                 self._trace.routed(start_s, attempt, route)
                 deltas = self._merge(await self._arrivals())
                 while not self._progress.is_over:
+                    self._end_overruns(route, attempt)
                     for delta in deltas:
                         yield delta
                     deltas = self._merge(await self._arrivals())
@@ -259,6 +260,11 @@ class RequestRun:
         for worker_id in (route.decode, route.prefill):
             if worker_id is not None:
                 self._fleet.abort(worker_id, self._request.number, attempt)
+
+    def _end_overruns(self, route: Route, attempt: int) -> None:
+        """A worker does not know that a stop string has ended one of several choices."""
+        for choice in self._progress.take_overruns():
+            self._fleet.abort_choice(route.decode, self._request.number, attempt, choice)
 
     async def _after_failure(self, route: Route) -> list[Delta]:
         """Raise the error unless another attempt may succeed or none is needed; what has ended already."""

@@ -83,6 +83,9 @@ class PrefillRole:
             self._links.cancel(export, "the attempt was aborted")
         self._bridge.abort(key)
 
+    def abort_choice(self, key: AttemptKey, choice: int) -> None:
+        """Nothing: choices go apart where they decode."""
+
     def between_steps(self, engine: Engine) -> None:
         """Keep the load for readers on other threads."""
         self._bridge.snapshot(engine)

@@ -69,7 +69,7 @@ class EngineSettings(ProcessSettings):
     max_num_seqs: Count = 256
     """Most requests in one step."""
     max_num_batched_tokens: Count = 512
-    """Most tokens in one step; longer prompts are computed in chunks. More is no faster on a CPU, only later."""
+    """Most tokens in one step; longer prompts are computed in chunks."""
     prefix_cache: bool = True
     """Keep KV blocks after their requests and share them among requests that start alike."""
     scheduling_policy: Literal["fcfs", "priority", "mlfq"] = "fcfs"

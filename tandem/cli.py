@@ -32,6 +32,15 @@ Temperature = Annotated[float | None, typer.Option(help="0 is greedy; unset: the
 TopP = Annotated[float | None, typer.Option("--top-p", help="Nucleus sampling, in (0, 1].")]
 Seed = Annotated[int | None, typer.Option(help="The same seed gives the same tokens.")]
 Stop = Annotated[list[str] | None, typer.Option(help="Text that ends the answer; may be given again.")]
+Option = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--option",
+        "-o",
+        metavar="NAME=VALUE",
+        help="Any other sampling field, for example -o n=2 -o top_k=40; may be given again.",
+    ),
+]
 DEFAULT_GRPC = "127.0.0.1:50051"
 DEFAULT_HTTP = "http://127.0.0.1:8000"
 
@@ -78,11 +87,12 @@ def complete(
     top_p: TopP = None,
     seed: Seed = None,
     stop: Stop = None,
+    option: Option = None,
 ) -> None:
     """Continue PROMPT, streamed to stdout."""
     from tandem import terminal
 
-    sampling = terminal.sampling(max_tokens, temperature, top_p, seed, stop)
+    sampling = terminal.sampling(max_tokens, temperature, top_p, seed, stop, option or ())
     terminal.complete(prompt, grpc, sampling)
 
 
@@ -98,12 +108,13 @@ def chat(
     top_p: TopP = None,
     seed: Seed = None,
     stop: Stop = None,
+    option: Option = None,
 ) -> None:
     """Talk with the model; Ctrl-C ends an answer, Ctrl-D the conversation."""
     from tandem import terminal
 
     conversation = terminal.Conversation(
-        grpc, terminal.sampling(max_tokens, temperature, top_p, seed, stop), system
+        grpc, terminal.sampling(max_tokens, temperature, top_p, seed, stop, option or ()), system
     )
     if quick is None:
         conversation.repl()

@@ -17,8 +17,9 @@ from protos.tandem.v1 import inference_pb2, inference_pb2_grpc
 from runtime import rpc
 from runtime.errors import Cancelled
 from tandem import messages
-from tandem.messages import Completion, Delta, Model, Prompt, Sampling, ServerInfo
+from tandem.messages import Completion, Delta, Model, Prompt, ServerInfo
 from tandem.rpc_errors import from_rpc_error
+from tandem.sampling import Sampling, sampling_params
 
 R = TypeVar("R")
 
@@ -59,7 +60,7 @@ class Client:
         timeout: float | None = None,
         **sampling: Unpack[Sampling],
     ) -> AsyncIterator[Delta]:
-        """Stream the answer to `prompt`; the last delta carries finish reason and usage.
+        """Stream the answer to `prompt`; the last delta carries usage, a choice's last one its finish reason.
 
         Leaving the loop early cancels the request; use contextlib.aclosing where that must not wait for the
         garbage collector.
@@ -69,7 +70,7 @@ class Client:
             model=model,
             priority=priority,
             cache_salt=cache_salt,
-            sampling=messages.sampling_params(sampling),
+            sampling=sampling_params(sampling),
             **messages.prompt_fields(prompt),
         )
         call = self._stub.Generate(request, timeout=self._timeout if timeout is None else timeout)
@@ -97,7 +98,7 @@ class Client:
             model=model,
             priority=priority,
             cache_salt=cache_salt,
-            sampling=messages.sampling_params(sampling),
+            sampling=sampling_params(sampling),
             **messages.prompt_fields(prompt),
         )
         call = self._stub.Complete(request, timeout=self._timeout if timeout is None else timeout)

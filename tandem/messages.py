@@ -12,27 +12,6 @@ Prompt = str | Sequence[int] | Sequence[Mapping[str, str]]
 """Text; token ids; or chat messages, each with `role` and `content`."""
 
 
-class Sampling(TypedDict, total=False):
-    """Fields of SamplingParams; what is left out takes the server's default for the model."""
-
-    max_tokens: int
-    min_tokens: int
-    temperature: float
-    top_p: float
-    top_k: int
-    min_p: float
-    repetition_penalty: float
-    presence_penalty: float
-    frequency_penalty: float
-    seed: int
-    stop: str | Sequence[str]
-    stop_token_ids: Sequence[int]
-    ignore_eos: bool
-    include_stop_str_in_output: bool
-    logit_bias: Mapping[int, float]
-    logprobs: int
-
-
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Usage:
     """Token counts of a whole request."""
@@ -58,32 +37,71 @@ class Logprob:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Delta:
-    """What is new since the last delta of a stream."""
+    """What is new since the last delta of a choice."""
 
     request_id: str
+    choice: int = 0
+    """Index of the choice; there is one unless `n` asks for more."""
     text: str
     token_ids: tuple[int, ...]
     logprobs: tuple[Logprob, ...]
     finish_reason: FinishReason | None
-    """Set on the last delta."""
+    """Set on the last delta of the choice."""
     stop_reason: str | None
-    """The stop string or token id that ended the stream."""
+    """The stop string or token id that ended the choice."""
     usage: Usage | None
-    """Set on the last delta."""
+    """Set on the last delta of the stream."""
+    prompt_logprobs: tuple[Logprob, ...] = ()
+    """On the first delta, if asked for: of the prompt's tokens from the second one on."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Completion:
-    """A whole answer."""
+class Choice:
+    """One of the texts that answer a prompt."""
 
-    request_id: str
-    model: str
     text: str
     token_ids: tuple[int, ...]
     logprobs: tuple[Logprob, ...]
     finish_reason: FinishReason
     stop_reason: str | None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Completion:
+    """A whole answer; `text` and its like are those of the first choice."""
+
+    request_id: str
+    model: str
+    choices: tuple[Choice, ...]
+    """As many as `n` asks for, the best first where they are ranked."""
     usage: Usage
+    prompt_logprobs: tuple[Logprob, ...] = ()
+    """If asked for: of the prompt's tokens from the second one on."""
+
+    @property
+    def text(self) -> str:
+        """The answer."""
+        return self.choices[0].text
+
+    @property
+    def token_ids(self) -> tuple[int, ...]:
+        """Its tokens."""
+        return self.choices[0].token_ids
+
+    @property
+    def logprobs(self) -> tuple[Logprob, ...]:
+        """One per token, if asked for."""
+        return self.choices[0].logprobs
+
+    @property
+    def finish_reason(self) -> FinishReason:
+        """Why it ended."""
+        return self.choices[0].finish_reason
+
+    @property
+    def stop_reason(self) -> str | None:
+        """The stop string or token id that ended it."""
+        return self.choices[0].stop_reason
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -142,24 +160,15 @@ def prompt_fields(prompt: Prompt) -> PromptFields:
     return {"token_ids": inference_pb2.TokenIds(ids=cast("Sequence[int]", prompt))}
 
 
-def sampling_params(sampling: Sampling) -> common_pb2.SamplingParams:
-    """The wire's form; TypeError for a name that it does not know, ValueError for a value of a wrong type."""
-    fields = dict(sampling)
-    unknown = fields.keys() - Sampling.__annotations__.keys()
-    if unknown:
-        raise TypeError(f"unknown sampling parameter: {', '.join(sorted(unknown))}")
-    if isinstance(fields.get("stop"), str):
-        fields["stop"] = [fields["stop"]]
-    return common_pb2.SamplingParams(**{k: v for k, v in fields.items() if v is not None})  # type: ignore[arg-type]
-
-
 def delta(message: inference_pb2.GenerateResponse) -> Delta:
     """One message of a stream."""
     return Delta(
         request_id=message.request_id,
+        choice=message.choice,
         text=message.text,
         token_ids=tuple(message.token_ids),
         logprobs=_logprobs(message.logprobs),
+        prompt_logprobs=_logprobs(message.prompt_logprobs),
         finish_reason=_finish_reason(message.finish_reason) if message.HasField("finish_reason") else None,
         stop_reason=message.stop_reason if message.HasField("stop_reason") else None,
         usage=_usage(message.usage) if message.HasField("usage") else None,
@@ -167,17 +176,23 @@ def delta(message: inference_pb2.GenerateResponse) -> Delta:
 
 
 def completion(message: inference_pb2.CompleteResponse) -> Completion:
-    """The answer of Complete, which has one choice."""
-    choice = message.completions[0]
+    """The answer of Complete."""
     return Completion(
         request_id=message.request_id,
         model=message.model,
-        text=choice.text,
-        token_ids=tuple(choice.token_ids),
-        logprobs=_logprobs(choice.logprobs),
-        finish_reason=_finish_reason(choice.finish_reason),
-        stop_reason=choice.stop_reason if choice.HasField("stop_reason") else None,
+        choices=tuple(_choice(each) for each in message.completions),
         usage=_usage(message.usage),
+        prompt_logprobs=_logprobs(message.prompt_logprobs),
+    )
+
+
+def _choice(message: inference_pb2.Completion) -> Choice:
+    return Choice(
+        text=message.text,
+        token_ids=tuple(message.token_ids),
+        logprobs=_logprobs(message.logprobs),
+        finish_reason=_finish_reason(message.finish_reason),
+        stop_reason=message.stop_reason if message.HasField("stop_reason") else None,
     )
 
 

@@ -1,12 +1,18 @@
 """`tandem complete` and `tandem chat`: text to and from a person."""
 
 import asyncio
+import json
 import sys
 from collections.abc import Sequence
+from typing import Any, cast
 
-from runtime.errors import TandemError
+from runtime.errors import InvalidRequest, TandemError
 from tandem.client import Client
-from tandem.messages import Prompt, Sampling
+from tandem.messages import Prompt
+from tandem.sampling import Sampling, sampling_params
+
+NOT_STREAMED = {"n", "best_of", "use_beam_search"}
+"""Fields that ask for more than one text."""
 
 
 def sampling(
@@ -15,9 +21,13 @@ def sampling(
     top_p: float | None,
     seed: int | None,
     stop: Sequence[str] | None,
+    options: Sequence[str] = (),
 ) -> Sampling:
-    """What was given on the command line; the rest is left to the server."""
-    given = Sampling()
+    """What was given on the command line; the rest is left to the server.
+
+    `options`: NAME=VALUE of any sampling field, the value in JSON if it is not a plain text.
+    """
+    given = cast("Sampling", dict(map(_option, options)))
     if max_tokens is not None:
         given["max_tokens"] = max_tokens
     if temperature is not None:
@@ -28,12 +38,38 @@ def sampling(
         given["seed"] = seed
     if stop:
         given["stop"] = stop
+    try:
+        sampling_params(given)
+    except (TypeError, ValueError) as error:
+        raise InvalidRequest(f"--option: {error}") from None
     return given
 
 
+def _option(text: str) -> tuple[str, Any]:
+    name, equals, value = text.partition("=")
+    if not equals or name not in Sampling.__annotations__:
+        raise InvalidRequest(f"--option {text}: expected NAME=VALUE with the name of a sampling field")
+    try:
+        return name, json.loads(value)
+    except json.JSONDecodeError:
+        return name, value
+
+
 def complete(prompt: Prompt, address: str, sampling: Sampling) -> str:
-    """Print the answer as it comes, then a newline; returns its text."""
+    """Print the answer as it comes, then a newline; several choices when they are whole. Returns the text."""
+    if NOT_STREAMED & sampling.keys():
+        return asyncio.run(_choices(prompt, address, sampling))
     return asyncio.run(_stream(prompt, address, sampling))
+
+
+async def _choices(prompt: Prompt, address: str, sampling: Sampling) -> str:
+    async with Client(address) as client:
+        answer = await client.complete(prompt, **sampling)
+    for number, choice in enumerate(answer.choices):
+        if len(answer.choices) > 1:
+            sys.stdout.write(f"--- choice {number} ({choice.finish_reason})\n")
+        sys.stdout.write(choice.text + "\n")
+    return answer.text
 
 
 async def _stream(prompt: Prompt, address: str, sampling: Sampling) -> str:

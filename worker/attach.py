@@ -36,7 +36,7 @@ class AttemptKey(NamedTuple):
 
 
 class AttemptHandler(Protocol):
-    """What a role does with an attempt. Both methods run on the event loop."""
+    """What a role does with an attempt. All methods run on the event loop."""
 
     def submit(self, key: AttemptKey, submit: pb.Submit) -> None:
         """Start an attempt; TandemError refuses it."""
@@ -44,6 +44,10 @@ class AttemptHandler(Protocol):
 
     def abort(self, key: AttemptKey) -> None:
         """Give an attempt up and free what it holds; unknown keys are no-ops."""
+        ...
+
+    def abort_choice(self, key: AttemptKey, choice: int) -> None:
+        """End one of several choices, which decodes; it is a no-op for one that does not."""
         ...
 
 
@@ -190,10 +194,19 @@ class AttachHub:
             case "submit":
                 self._submit(attachment, command.submit)
             case "abort":
-                key = AttemptKey(attachment.number, command.abort.request, command.abort.attempt)
-                if key in attachment.live:
-                    del attachment.live[key]
-                    self._abort(key, "aborted")
+                self._apply_abort(attachment, command.abort)
+
+    def _apply_abort(self, attachment: Attachment, abort: pb.AbortAttempt) -> None:
+        key = AttemptKey(attachment.number, abort.request, abort.attempt)
+        choices = attachment.live.get(key)
+        if choices is None:
+            return
+        if not abort.HasField("choice"):
+            del attachment.live[key]
+            self._abort(key, "aborted")
+        elif abort.choice in choices and len(choices) > 1:
+            choices.discard(abort.choice)
+            self._handler.abort_choice(key, abort.choice)
 
     def _abort(self, key: AttemptKey, outcome: str) -> None:
         self._handler.abort(key)

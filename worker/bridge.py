@@ -65,6 +65,10 @@ class EngineBridge:
 
         self.thread.post(abort)
 
+    def abort_choice(self, key: AttemptKey, choice: int) -> None:
+        """Free what the engine holds for one of several choices."""
+        self.thread.post(lambda engine: engine.abort_choice(key, choice))
+
     def mark_prefills(self, result: StepResult, then: str | None = None) -> None:
         """Note which prompts a step has begun and finished, and what follows here; on the engine thread."""
         marks = self._watch.on_step(result, self.thread.step_started_s, self._clock.now())

@@ -4,6 +4,7 @@ import grpc
 
 from engine.engine import StepOutput
 from engine.request import FinishReason, Request, SamplingParams, TokenLogprob
+from engine.sampler import NO_TOKEN
 from protos.tandem.v1 import common_pb2 as pb
 from runtime.errors import TandemError
 from runtime.grammars import Grammar
@@ -101,7 +102,8 @@ def token_frame(request: int, attempt: int, output: StepOutput) -> pb.TokenFrame
 def attempt_end(request: int, attempt: int, output: StepOutput) -> pb.AttemptEnd | None:
     """The end that a step brought; None while the attempt goes on."""
     if output.error is not None:
-        failed = pb.AttemptFailed(code=grpc.StatusCode.INTERNAL.value[0], message=output.error)
+        code = grpc.StatusCode.INVALID_ARGUMENT if output.error == NO_TOKEN else grpc.StatusCode.INTERNAL
+        failed = pb.AttemptFailed(code=code.value[0], message=output.error)
         return pb.AttemptEnd(request=request, attempt=attempt, failed=failed)
     if output.finish_reason is None:
         return None

@@ -69,6 +69,10 @@ class GrammarIntake:
         else:
             compiling.cancel()
 
+    def abort_choice(self, key: AttemptKey, choice: int) -> None:
+        """End a choice that decodes; then the role has seen its attempt."""
+        self._handler.abort_choice(key, choice)
+
     def _compile(self, key: AttemptKey, submit: pb.Submit, grammar: Grammar) -> None:
         loop = asyncio.get_running_loop()
         compiling = loop.run_in_executor(self._thread, self._compiler.compile, grammar)

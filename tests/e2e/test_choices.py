@@ -57,6 +57,27 @@ def test_choices_are_the_same_on_one_worker_and_on_two(split: Up, colocated: Up)
     eventually(split.is_quiet, 5, "quiet")
 
 
+def test_a_choice_that_a_stop_string_ended_is_not_computed_further(split: Up) -> None:
+    def seats() -> float:
+        """Requests in all steps of all decode workers so far."""
+        return sum(
+            split.metric(worker["http"], "tandem_batch_size_sum") for worker in split.workers("decode")
+        )
+
+    options = {**SEEDED, "n": 2, "max_tokens": 240}
+    before = seats()
+    texts = [choice["text"] for choice in split.complete(PROMPT, **options)["choices"]]
+    both = seats() - before
+    ends = (texts[0][i : i + 8] for i in range(40, 80))
+    stop = next(end for end in ends if end not in texts[1])
+    stopped, other = split.complete(PROMPT, stop=[stop], **options)["choices"]
+    assert (stopped["finish_reason"], other["finish_reason"]) == ("stop", "length")
+    assert texts[0].startswith(stopped["text"])
+    assert other["text"] == texts[1]
+    assert seats() - before - both < 0.8 * both
+    eventually(split.is_quiet, 5, "quiet")
+
+
 def test_greedy_choices_are_equal(split: Up) -> None:
     first, *others = ids(split.complete(PROMPT, n=3, max_tokens=12, temperature=0))
     assert others == [first, first]

@@ -133,8 +133,11 @@ class Intake:
     def _reserved(self, transfer_id: bytes, num_blocks: int, num_cached_tokens: int) -> None:
         self.links[transfer_id].reserve(transfer_id, num_blocks, num_cached_tokens)
 
-    def committed(self, transfer_id: bytes, commit: Commit) -> None:
-        self.commits.put_nowait(commit)
+    def commit(self, transfer_id: bytes, commit: Commit, num_groups: int) -> None:
+        self._made.bridge.on_loop(self.commits.put_nowait, commit)
+
+    def committed(self, transfer_id: bytes) -> None:
+        """Nothing of the loop's waits for it here."""
 
     def failed(self, transfer_id: bytes, error: Exception) -> None:
         self.failures.append(str(error))

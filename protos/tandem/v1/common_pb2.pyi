@@ -245,12 +245,14 @@ class ChoiceTokens(_message.Message):
     def __init__(self, choice: _Optional[int] = ..., token_ids: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class AbortAttempt(_message.Message):
-    __slots__ = ("request", "attempt")
+    __slots__ = ("request", "attempt", "choice")
     REQUEST_FIELD_NUMBER: _ClassVar[int]
     ATTEMPT_FIELD_NUMBER: _ClassVar[int]
+    CHOICE_FIELD_NUMBER: _ClassVar[int]
     request: int
     attempt: int
-    def __init__(self, request: _Optional[int] = ..., attempt: _Optional[int] = ...) -> None: ...
+    choice: int
+    def __init__(self, request: _Optional[int] = ..., attempt: _Optional[int] = ..., choice: _Optional[int] = ...) -> None: ...
 
 class AttachEvent(_message.Message):
     __slots__ = ("tokens", "ends", "load")

@@ -126,6 +126,21 @@ def test_a_choice_that_ends_leaves_the_others(make_engine, make_request):
     assert tokens == {(9, choice): cut(choice) for choice in range(3)}
 
 
+def test_one_choice_is_ended_from_outside(make_engine, make_request):
+    want = lone(make_engine, make_request, 9, range(3))
+    engine = make_engine()
+    engine.submit(with_choices(make_request(9), 0, 1, 2))
+    engine.abort_choice(9, 1)
+    outputs = engine.step().outputs
+    engine.abort_choice(9, 1)
+    engine.abort_choice(9, 1)
+    engine.check()
+    tokens = {output.choice: list(output.token_ids) for output in outputs}
+    for (_, choice), more in finish(engine).items():
+        tokens[choice] += more
+    assert tokens == {0: want[9, 0], 1: want[9, 1][:1], 2: want[9, 2]}
+
+
 @pytest.mark.parametrize("steps", [0, 1, 3])
 def test_an_abort_ends_all_choices(make_engine, make_request, steps):
     engine = make_engine()

@@ -166,6 +166,19 @@ def test_choices_go_and_end_apart() -> None:
     assert progress.dropped_frames == 0
 
 
+def test_a_choice_that_the_worker_goes_on_with_is_named_once_an_attempt() -> None:
+    progress = Progress(num_choices=2)
+    for attempt in range(2):
+        progress.begin(split=True)
+        progress.choices[1].finished = Finished(pb.FINISH_REASON_STOP, None)
+        progress.on_frame(P, pb.TokenFrame(attempt=attempt, choice=1, token_ids=[8]))
+        assert progress.take_overruns() == []
+        for start in range(2):
+            progress.on_frame(D, pb.TokenFrame(attempt=attempt, choice=1, start_index=start, token_ids=[8]))
+        assert progress.take_overruns() == [1]
+        assert progress.take_overruns() == []
+
+
 def test_a_choice_that_ended_stays_ended_over_attempts() -> None:
     progress = Progress(num_choices=2)
     progress.begin(split=False)

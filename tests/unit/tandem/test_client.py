@@ -195,6 +195,37 @@ async def test_nobody_listens():
             await client.models()
 
 
+@pytest.mark.parametrize(
+    ("given", "want"),
+    [
+        ({"json": {"type": "object"}}, {"json_schema": '{"type": "object"}'}),
+        ({"json": "{}"}, {"json_schema": "{}"}),
+        ({"json_object": True}, {"json_object": True}),
+        ({"regex": "a+"}, {"regex": "a+"}),
+        ({"choice": ["a", "b"]}, {"choice": common_pb2.TextChoices(texts=["a", "b"])}),
+    ],
+)
+async def test_structured_output(client, service, given, want):
+    await client.complete("p", structured_output=given)
+    assert service.requests[0].sampling.structured_output == common_pb2.StructuredOutput(**want)
+
+
+@pytest.mark.parametrize(
+    "sampling", [{"structured_output": {}}, {"structured_output": {"xml": "x"}}, {"early_stopping": "often"}]
+)
+async def test_values_that_the_wire_cannot_say(client, sampling):
+    with pytest.raises(ValueError, match=min(sampling)):
+        await client.complete("p", **sampling)
+
+
+async def test_choices(client, service):
+    answer = await client.complete("p", n=2, best_of=3, early_stopping=True, use_beam_search=True)
+    asked = service.requests[0].sampling
+    assert (asked.n, asked.best_of, asked.use_beam_search) == (2, 3, True)
+    assert asked.early_stopping == common_pb2.EARLY_STOPPING_WHEN_ENOUGH
+    assert [choice.text for choice in answer.choices] == ["x"]
+
+
 async def test_unknown_sampling_parameter(client):
     with pytest.raises(TypeError, match="beam"):
         await client.complete("p", beam=3)

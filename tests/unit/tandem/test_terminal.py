@@ -2,7 +2,9 @@
 
 import io
 
-from runtime.errors import Overloaded
+import pytest
+
+from runtime.errors import InvalidRequest, Overloaded
 from tandem import inspection, terminal
 from tandem.messages import ServerInfo, Worker
 from tandem.terminal import Conversation
@@ -47,6 +49,19 @@ def test_repl_outlives_errors_and_interruptions(monkeypatch, capsys):
     conversation.repl()
     assert capsys.readouterr().err == "error: full\n"
     assert [message["content"] for message in conversation.messages] == ["c", "fine"]
+
+
+def test_any_sampling_field_by_name():
+    options = ["n=2", 'stop=["a", "b"]', "early_stopping=never", 'bad_words=["x"]']
+    assert terminal.sampling(None, None, None, None, None, options) == {
+        "n": 2,
+        "stop": ["a", "b"],
+        "early_stopping": "never",
+        "bad_words": ["x"],
+    }
+    for wrong in ("n", "beams=2", "n=abc", "early_stopping=maybe"):
+        with pytest.raises(InvalidRequest, match=r"^--option"):
+            terminal.sampling(None, None, None, None, None, [wrong])
 
 
 def test_only_what_was_given_is_sent():

@@ -16,6 +16,7 @@ class FakeHandler:
     def __init__(self) -> None:
         self.live: set[AttemptKey] = set()
         self.refuse = False
+        self.ended_choices: list[tuple[AttemptKey, int]] = []
 
     def submit(self, key: AttemptKey, submit: pb.Submit) -> None:
         if self.refuse:
@@ -24,6 +25,9 @@ class FakeHandler:
 
     def abort(self, key: AttemptKey) -> None:
         self.live.discard(key)
+
+    def abort_choice(self, key: AttemptKey, choice: int) -> None:
+        self.ended_choices.append((key, choice))
 
 
 class Gateway:
@@ -112,6 +116,22 @@ async def test_an_attempt_ends_with_its_last_choice() -> None:
     assert [(each.request, each.finished.choice) for each in event.ends] == [
         (5, 0), (6, 3), (7, 0), (5, 1), (6, 2), (7, 1),
     ]  # fmt: skip
+    await gateway.events.aclose()
+
+
+async def test_one_choice_is_aborted_as_long_as_others_go_on() -> None:
+    hub, handler = hub_and_handler()
+    gateway = await started(hub)
+    sampling = pb.SamplingParams(n=2, best_of=2)
+    gateway.send(submit=pb.Submit(request=5, attempt=1, transfer_id=bytes(16), sampling=sampling))
+    for choice in (1, 1, 0):
+        gateway.send(abort=pb.AbortAttempt(request=5, attempt=1, choice=choice))
+    await anext(gateway.events)
+    assert handler.ended_choices == [(AttemptKey(0, 5, 1), 1)]
+    assert hub.num_live == 1
+    finished = pb.AttemptEnd(request=5, attempt=1, finished=pb.ChoiceFinished(choice=0))
+    hub.publish([TokenUpdate(AttemptKey(0, 5, 1), None, finished)])
+    assert hub.num_live == 0
     await gateway.events.aclose()
 
 
