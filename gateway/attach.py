@@ -81,8 +81,14 @@ class AttachClient:
     """One worker as this gateway talks to it."""
 
     def __init__(
-        self, identity: pb.WorkerIdentity, source: Source, gateway_id: str, on_dropped: Callable[[int], None]
+        self,
+        identity: pb.WorkerIdentity,
+        source: Source,
+        gateway_id: str,
+        on_dropped: Callable[[int], None],
+        credentials: tuple[tuple[str, str], ...] = (),
     ) -> None:
+        self._credentials = credentials
         self.identity = identity
         self.source = source
         self.connected = False
@@ -148,7 +154,7 @@ class AttachClient:
     async def _stream(self, channel: grpc.aio.Channel) -> bool:
         """One stream to its end; True if the worker ever spoke on it."""
         stub, request_type = STUBS[self.source]
-        call = stub(channel).Attach(self._requests(request_type))
+        call = stub(channel).Attach(self._requests(request_type), metadata=self._credentials)
         spoke = False
         try:
             while (event := await _next_event(call)) is not None:

@@ -27,7 +27,15 @@ SOURCES = {
 class Fleet:
     """Acts on what the registry decides. `run` owns every task."""
 
-    def __init__(self, registry: Registry, gateway_id: str, metrics: GatewayMetrics) -> None:
+    def __init__(
+        self,
+        registry: Registry,
+        gateway_id: str,
+        metrics: GatewayMetrics,
+        credentials: tuple[tuple[str, str], ...] = (),
+    ) -> None:
+        """`credentials` is the metadata that workers ask of calls."""
+        self._credentials = credentials
         self.registry = registry
         self.gateway_id = gateway_id
         self._prefixes = PrefixIndex()
@@ -51,7 +59,11 @@ class Fleet:
         registration = self.registry.register(info)
         self._detach(registration.worker_id)
         client = AttachClient(
-            info.identity, SOURCES[info.role], self.gateway_id, self._metrics.dropped_frames.inc
+            info.identity,
+            SOURCES[info.role],
+            self.gateway_id,
+            self._metrics.dropped_frames.inc,
+            self._credentials,
         )
         self._clients[registration.worker_id] = client
         self._tasks[registration.worker_id] = self._group.create_task(client.run())

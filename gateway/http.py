@@ -20,7 +20,6 @@ from gateway.exchange import (
     request_id_of,
     sse,
     until_disconnect,
-    with_request_id,
 )
 from gateway.flow import Flow, Generation
 from gateway.openai_answer import Answer
@@ -133,7 +132,7 @@ def _generation(request: Request, asked: openai.ApiRequest, request_id: str) -> 
         cache_salt=asked.cache_salt,
         origin=Origin(
             operation="chat" if asked.kind == "chat" else "text_completion",
-            method=request.url.path,
+            method=request.scope["path"],
             is_http=True,
             stream=asked.stream,
             traceparent=request.headers.get("traceparent", "")[:256],
@@ -171,13 +170,13 @@ async def _on_bug(_: Request, error: Exception) -> Response:
 
 async def _on_http_exception(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
-    message = f"{request.method} {request.url.path}: {error.detail}"
+    message = f"{request.method} {request.scope['path']}: {error.detail}"
     body = {"message": message, "type": "invalid_request_error", "param": None, "code": None}
     return json_response({"error": body}, error.status_code, dict(error.headers or {}))
 
 
 def build_app(face: HttpFace, admin_routes: list[Route]) -> ASGIApp:
-    """The ASGI application: public and admin routes, JSON errors, X-Request-Id on every answer."""
+    """The ASGI application: public and admin routes, JSON errors."""
     app = Starlette(
         routes=[*face.routes(), *admin_routes],
         exception_handlers={
@@ -186,4 +185,5 @@ def build_app(face: HttpFace, admin_routes: list[Route]) -> ASGIApp:
             Exception: _on_bug,
         },
     )
-    return with_request_id(app)
+    app.router.redirect_slashes = False  # it would build a URL from what the client calls this host
+    return app

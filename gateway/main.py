@@ -17,6 +17,7 @@ from typing import Any
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
+from gateway.exchange import with_request_id
 from gateway.fleet import Fleet
 from gateway.flow import Flow
 from gateway.grammar_check import GrammarCheck
@@ -30,11 +31,14 @@ from gateway.service import SERVICE, InferenceServicer
 from gateway.telemetry import Telemetry, from_environment
 from protos.tandem.v1 import inference_pb2_grpc, registry_pb2_grpc
 from runtime import rpc
+from runtime.access import Keys, call_metadata, is_loopback, require_internal_secret
 from runtime.admin_http import HttpServer, admin_routes, bind
 from runtime.checkpoint_dir import resolve
 from runtime.clock import SystemClock
+from runtime.http_access import Guard
 from runtime.lifecycle import Shutdown, watch_lag
 from runtime.limits import DRAIN_TIMEOUT_S
+from runtime.rpc_access import INTERNAL_REFUSAL, PUBLIC_REFUSAL, KeyGuard
 from runtime.settings import GatewaySettings
 
 logger = logging.getLogger(__name__)
@@ -58,7 +62,12 @@ class Gateway:
         self.metrics = GatewayMetrics()
         gateway_id = f"gateway-{secrets.token_hex(4)}"
         self.telemetry = telemetry or from_environment(gateway_id)
-        self.fleet = Fleet(Registry(SystemClock(), model.tokenizer_hash), gateway_id, self.metrics)
+        self.fleet = Fleet(
+            Registry(SystemClock(), model.tokenizer_hash),
+            gateway_id,
+            self.metrics,
+            call_metadata(settings.internal_secret),
+        )
         self._grammars = GrammarCheck(model.root / "tokenizer.json", model.limits.vocab_size)
         self.flow = Flow(
             model,
@@ -72,8 +81,15 @@ class Gateway:
             local_prefill_threshold=settings.local_prefill_threshold,
         )
         self._health = health.aio.HealthServicer()
-        self._public = rpc.server([MalformedMessages(SERVICE)], max_message_bytes=2 * settings.max_body_bytes)
-        self._internal = rpc.server([], max_message_bytes=INTERNAL_MESSAGE_BYTES)
+        self._api_keys = Keys.parse(settings.api_keys)
+        self._public = rpc.server(
+            [KeyGuard(self._api_keys, PUBLIC_REFUSAL), MalformedMessages(SERVICE)],
+            max_message_bytes=2 * settings.max_body_bytes,
+        )
+        self._internal = rpc.server(
+            [KeyGuard(Keys.parse(settings.internal_secret), INTERNAL_REFUSAL)],
+            max_message_bytes=INTERNAL_MESSAGE_BYTES,
+        )
         self._http = HttpServer(self._app(), timeout_graceful_shutdown=CLOSE_GRACE_S)
         self._socket: socket.socket | None = None
         self.grpc_port = 0
@@ -97,9 +113,8 @@ class Gateway:
             reflection.enable_server_reflection(names, self._public)
         registry_pb2_grpc.add_RegistryServiceServicer_to_server(RegistryServicer(self.fleet), self._internal)
         self.grpc_port = rpc.listen(self._public, settings.host, settings.grpc_port, "--grpc-port")
-        self.internal_port = rpc.listen(
-            self._internal, settings.host, settings.internal_port, "--internal-port"
-        )
+        host = settings.internal_host or settings.host
+        self.internal_port = rpc.listen(self._internal, host, settings.internal_port, "--internal-port")
 
     @contextlib.asynccontextmanager
     async def serving(self) -> AsyncIterator[None]:
@@ -132,10 +147,11 @@ class Gateway:
 
     def listening_line(self) -> str:
         """What the launcher reads."""
-        host = f"[{self._settings.host}]" if ":" in self._settings.host else self._settings.host
+        host = _in_url(self._settings.host)
+        internal = _in_url(self._settings.internal_host or self._settings.host)
         return (
             f"listening http=http://{host}:{self.http_port} grpc={host}:{self.grpc_port} "
-            f"internal={host}:{self.internal_port}"
+            f"internal={internal}:{self.internal_port}"
         )
 
     def not_ready(self) -> str | None:
@@ -157,8 +173,14 @@ class Gateway:
         }
 
     def _app(self) -> Any:
-        routes = admin_routes(self.metrics.registry, self.state, self.not_ready, self._settings.admin_key)
-        return build_app(HttpFace(self.flow, max_body_bytes=self._settings.max_body_bytes), routes)
+        routes = admin_routes(self.metrics.registry, self.state, self.not_ready)
+        face = HttpFace(self.flow, max_body_bytes=self._settings.max_body_bytes)
+        app = Guard(
+            build_app(face, routes),
+            api_keys=self._api_keys,
+            admin_keys=Keys.parse(self._settings.admin_key),
+        )
+        return with_request_id(app)
 
     async def _watch_health(self) -> None:
         while True:
@@ -174,8 +196,13 @@ class Gateway:
             await self._health.set(name, status)
 
 
+def _in_url(host: str) -> str:
+    return f"[{host}]" if ":" in host else host
+
+
 async def serve(settings: GatewaySettings, shutdown: Shutdown) -> None:
     """Run the gateway until a shutdown is requested and everything is closed."""
+    require_internal_secret(settings.internal_host or settings.host, settings.internal_secret)
     path = await asyncio.to_thread(resolve, settings.model, weights=False)
     model = await asyncio.to_thread(
         load_model, path, name=settings.served_model_name, chat_template=settings.chat_template
@@ -185,6 +212,10 @@ async def serve(settings: GatewaySettings, shutdown: Shutdown) -> None:
     async with gateway.serving():
         print(gateway.listening_line(), flush=True)  # noqa: T201 - the launcher reads it
         logger.info("serving %s from %s", model.name, model.root)
+        if not settings.api_keys and not is_loopback(settings.host):
+            logger.warning(
+                "--host %s without --api-keys: everybody who can reach it is served", settings.host
+            )
         await shutdown.requested.wait()
         await gateway.drain(DRAIN_TIMEOUT_S)
     await gateway.telemetry.close()

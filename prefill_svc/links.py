@@ -38,6 +38,7 @@ from kvtransfer.states import Tombstones
 from prefill_svc.export import Export
 from protos.tandem.v1 import common_pb2, kvlink_pb2, kvlink_pb2_grpc
 from runtime import rpc
+from runtime.access import call_metadata
 from runtime.clock import SystemClock
 from runtime.errors import TandemError, Unavailable
 from runtime.limits import LINK_TIMEOUT_S
@@ -130,6 +131,7 @@ class PrefillLink:
         self._pump: SenderPump | None = None
         self._slab_bytes = 0
         self._facts = parts.facts
+        self._credentials = call_metadata(parts.settings.internal_secret)
 
     @property
     def is_open(self) -> bool:
@@ -197,7 +199,8 @@ class PrefillLink:
         repeated, self._unacknowledged = self._unacknowledged, ()
         async with rpc.channel(self._peer.address) as channel:
             stream = ControlStream(lambda: _read(call))
-            call = kvlink_pb2_grpc.KvLinkServiceStub(channel).Open(_requests(stream))
+            stub = kvlink_pb2_grpc.KvLinkServiceStub(channel)
+            call = stub.Open(_requests(stream), metadata=self._credentials)
             try:
                 await self._serve(stream, repeated)
             finally:

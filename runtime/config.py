@@ -71,7 +71,7 @@ def parse(cls: type[S], argv: list[str], *, prog: str) -> S:
         check_known_names()
         return CliApp.run(cls, cli_args=argv, cli_settings_source=source)
     except ValidationError as error:
-        raise StartupError(_explain(error)) from error
+        raise StartupError(_explain(error, secret_names(cls))) from None
     except SettingsError as error:
         raise StartupError(f"{prog}: {_last_clause(error)}") from error
     except tomllib.TOMLDecodeError as error:
@@ -116,9 +116,10 @@ def _all_settings(cls: type[Settings]) -> list[type[Settings]]:
 
 
 def to_argv(settings: Settings) -> list[str]:
-    """Flags that give another process exactly these settings."""
+    """Flags that give another process exactly these settings, but for secrets: see `secrets_env`."""
     argv: list[str] = []
-    for name, value in settings.model_dump(mode="json").items():
+    shown = settings.model_dump(mode="json", exclude=set(secret_names(type(settings))))
+    for name, value in shown.items():
         flag = "--" + name.replace("_", "-")
         if value is None:
             continue
@@ -129,6 +130,17 @@ def to_argv(settings: Settings) -> list[str]:
         else:
             argv.append(f"{flag}={value}")
     return argv
+
+
+def secret_names(cls: type[Settings]) -> list[str]:
+    """Settings of this class whose value is shown nowhere."""
+    return [name for name, field in cls.model_fields.items() if not field.repr]
+
+
+def secrets_env(settings: Settings) -> dict[str, str]:
+    """Variables that give another process the secrets of `settings`: anybody may read a command line."""
+    values = {name: getattr(settings, name) for name in secret_names(type(settings))}
+    return {ENV_PREFIX + name.upper(): value for name, value in values.items() if value is not None}
 
 
 def parse_bytes(text: str, flag: str) -> int:
@@ -147,11 +159,13 @@ def fail(error: StartupError) -> NoReturn:
     raise SystemExit(2)
 
 
-def _explain(error: ValidationError) -> str:
+def _explain(error: ValidationError, secrets: list[str]) -> str:
     parts = []
     for item in error.errors():
-        flag = "--" + str(item["loc"][0]).replace("_", "-") if item["loc"] else "settings"
-        parts.append(f"{flag}: {item['msg']} (got {item.get('input')!r})")
+        name = str(item["loc"][0]) if item["loc"] else ""
+        flag = "--" + name.replace("_", "-") if name else "settings"
+        got = "" if name in secrets else f" (got {item.get('input')!r})"
+        parts.append(f"{flag}: {item['msg']}{got}")
     return "; ".join(parts)
 
 

@@ -3,6 +3,7 @@
     TandemError
     ├── InvalidRequest          INVALID_ARGUMENT    400   names the field
     │   └── ContextLengthExceeded
+    ├── Unauthenticated         UNAUTHENTICATED     401   no key, or a wrong one
     ├── NotFound                NOT_FOUND           404
     ├── AlreadyExists           ALREADY_EXISTS      409
     ├── PayloadTooLarge         INVALID_ARGUMENT    413
@@ -56,6 +57,14 @@ class ContextLengthExceeded(InvalidRequest):
     """Prompt plus max_tokens do not fit the model's context."""
 
     reason = "CONTEXT_LENGTH_EXCEEDED"
+
+
+class Unauthenticated(TandemError):
+    """The caller shows no key, or none that is known."""
+
+    code = "UNAUTHENTICATED"
+    http_status = 401
+    reason = "UNAUTHENTICATED"
 
 
 class NotFound(TandemError):

@@ -11,6 +11,8 @@ from runtime.config import Settings
 
 Port = Annotated[int, Field(ge=0, le=65535)]
 Count = Annotated[int, Field(ge=1)]
+Secret = Annotated[str | None, Field(repr=False)]
+"""Shown nowhere and on no command line of ours; TANDEM_<NAME>_FILE names a file that holds it."""
 
 
 class ProcessSettings(Settings):
@@ -24,6 +26,10 @@ class ProcessSettings(Settings):
     """auto: text on a terminal, JSON lines elsewhere."""
     model: str = ""
     """Directory or Hugging Face hub id of the checkpoint; empty: the bundled demo model."""
+    internal_secret: Secret = None
+    """Secret of the calls between our processes; of several, the first is shown and all are accepted."""
+    admin_key: Secret = None
+    """Key for /metrics and /debug/state from other hosts; unset: loopback only."""
 
 
 class GatewaySettings(ProcessSettings):
@@ -35,6 +41,8 @@ class GatewaySettings(ProcessSettings):
     """Public gRPC."""
     internal_port: Port = 0
     """gRPC for workers that register; 0: any free port."""
+    internal_host: str | None = None
+    """Address that the internal port listens on; unset: --host, but of `tandem up` loopback."""
     served_model_name: str | None = None
     """Name of the model in the API; unset: the last part of --model."""
     chat_template: str | None = None
@@ -51,8 +59,8 @@ class GatewaySettings(ProcessSettings):
     """Prompts shorter than this many tokens are prefilled on the decode worker."""
     reflection: bool = True
     """gRPC server reflection on the public port."""
-    admin_key: str | None = None
-    """Key for /debug/state from other hosts; unset: loopback only."""
+    api_keys: Secret = None
+    """Keys of which clients must show one (Bearer), with commas between; unset: everybody is served."""
 
 
 class EngineSettings(ProcessSettings):
@@ -105,8 +113,6 @@ class WorkerSettings(EngineSettings):
     """How KV slabs move; auto: the best that both ends have."""
     kv_interface_host: str | None = None
     """Address that the KV data sockets bind to; unset: the advertised one if that is auto, else --host."""
-    admin_key: str | None = None
-    """Key for /debug/state from other hosts; unset: loopback only."""
 
 
 class UpSettings(GatewaySettings, EngineSettings):

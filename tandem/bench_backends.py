@@ -7,7 +7,7 @@ from typing import Any
 
 import httpx
 
-from runtime.errors import Internal, NotFound, Overloaded, TandemError, Unavailable
+from runtime.errors import Internal, NotFound, Overloaded, TandemError, Unauthenticated, Unavailable
 from tandem.bench import Workload
 from tandem.client import Client
 from tandem.messages import Model
@@ -107,5 +107,10 @@ def _raise_for_error(status: int, body: bytes) -> None:
         message = json.loads(body)["error"]["message"]
     except (ValueError, KeyError, TypeError):
         message = body[:200].decode(errors="replace")
-    by_status: dict[int, type[TandemError]] = {404: NotFound, 429: Overloaded, 503: Unavailable}
+    by_status: dict[int, type[TandemError]] = {
+        401: Unauthenticated,
+        404: NotFound,
+        429: Overloaded,
+        503: Unavailable,
+    }
     raise by_status.get(status, Internal)(f"HTTP {status}: {message}")

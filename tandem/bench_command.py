@@ -18,6 +18,7 @@ from tandem.bench import Sample, Workload
 from tandem.bench_backends import GrpcBackend, HttpBackend, vocab_size
 from tandem.bench_report import Report, parse_objectives, summarize
 from tandem.client import Client
+from tandem.credentials import http_headers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,7 +63,7 @@ async def _measure(workload: Workload, options: Options) -> tuple[str, list[Samp
             return await _with(GrpcBackend(client), workload, options)
     limits = httpx.Limits(max_connections=None)
     async with httpx.AsyncClient(
-        base_url=options.address, limits=limits, timeout=None, trust_env=False
+        base_url=options.address, headers=http_headers(), limits=limits, timeout=None, trust_env=False
     ) as http:
         return await _with(HttpBackend(http), workload, options)
 

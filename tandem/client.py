@@ -15,8 +15,10 @@ import grpc.aio
 
 from protos.tandem.v1 import inference_pb2, inference_pb2_grpc
 from runtime import rpc
+from runtime.access import call_metadata
 from runtime.errors import Cancelled
 from tandem import messages
+from tandem.credentials import from_environment
 from tandem.messages import Completion, Delta, Model, Prompt, ServerInfo
 from tandem.rpc_errors import from_rpc_error
 from tandem.sampling import Sampling, sampling_params
@@ -27,12 +29,17 @@ R = TypeVar("R")
 class Client:
     """Talks to one gateway at `host:port`; errors are those of runtime.errors.
 
+    `api_key` is shown with every call; None: that of TANDEM_API_KEY, or of the file that TANDEM_API_KEY_FILE
+    names.
     `timeout` is in seconds and travels to the server as the call's deadline; None leaves it to the server.
     A client belongs to the event loop that it is used on.
     """
 
-    def __init__(self, address: str = "127.0.0.1:50051", *, timeout: float | None = None) -> None:
+    def __init__(
+        self, address: str = "127.0.0.1:50051", *, api_key: str | None = None, timeout: float | None = None
+    ) -> None:
         self.address = address
+        self._metadata = call_metadata(api_key or from_environment())
         self._timeout = timeout
         self._channel = rpc.channel(address)
         self._stub = inference_pb2_grpc.InferenceServiceStub(self._channel)
@@ -73,7 +80,9 @@ class Client:
             sampling=sampling_params(sampling),
             **messages.prompt_fields(prompt),
         )
-        call = self._stub.Generate(request, timeout=self._timeout if timeout is None else timeout)
+        call = self._stub.Generate(
+            request, timeout=self._timeout if timeout is None else timeout, metadata=self._metadata
+        )
         try:
             with self._errors():
                 async for message in call:
@@ -101,7 +110,9 @@ class Client:
             sampling=sampling_params(sampling),
             **messages.prompt_fields(prompt),
         )
-        call = self._stub.Complete(request, timeout=self._timeout if timeout is None else timeout)
+        call = self._stub.Complete(
+            request, timeout=self._timeout if timeout is None else timeout, metadata=self._metadata
+        )
         return messages.completion(await self._answer(call))
 
     async def tokenize(
@@ -117,32 +128,40 @@ class Client:
             text=fields.get("text"),
             messages=fields.get("messages"),
         )
-        answer = await self._answer(self._stub.Tokenize(request, timeout=self._timeout))
+        answer = await self._answer(
+            self._stub.Tokenize(request, timeout=self._timeout, metadata=self._metadata)
+        )
         return list(answer.token_ids)
 
     async def detokenize(self, token_ids: Sequence[int], *, model: str = "") -> str:
         """Text of token ids."""
         request = inference_pb2.DetokenizeRequest(model=model, token_ids=token_ids)
-        answer = await self._answer(self._stub.Detokenize(request, timeout=self._timeout))
+        answer = await self._answer(
+            self._stub.Detokenize(request, timeout=self._timeout, metadata=self._metadata)
+        )
         return str(answer.text)
 
     async def models(self) -> list[Model]:
         """What the server serves."""
         request = inference_pb2.ListModelsRequest()
-        answer = await self._answer(self._stub.ListModels(request, timeout=self._timeout))
+        answer = await self._answer(
+            self._stub.ListModels(request, timeout=self._timeout, metadata=self._metadata)
+        )
         return [Model(id=m.id, root=m.root, max_model_len=m.max_model_len) for m in answer.models]
 
     async def server_info(self) -> ServerInfo:
         """The gateway and the workers that it knows."""
         request = inference_pb2.GetServerInfoRequest()
         return messages.server_info(
-            await self._answer(self._stub.GetServerInfo(request, timeout=self._timeout))
+            await self._answer(
+                self._stub.GetServerInfo(request, timeout=self._timeout, metadata=self._metadata)
+            )
         )
 
     async def abort(self, *request_ids: str) -> list[str]:
         """End live requests; returns those that were live."""
         request = inference_pb2.AbortRequest(request_ids=request_ids)
-        answer = await self._answer(self._stub.Abort(request, timeout=self._timeout))
+        answer = await self._answer(self._stub.Abort(request, timeout=self._timeout, metadata=self._metadata))
         return list(answer.aborted)
 
     async def _answer(self, call: Awaitable[R]) -> R:

@@ -9,6 +9,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from runtime import rpc
 from tandem.client import Client
+from tandem.credentials import ADMIN_KEY, http_headers
 from tandem.messages import ServerInfo
 
 TIMEOUT_S = 5.0
@@ -32,7 +33,12 @@ async def _server_info(address: str) -> ServerInfo:
 def debug_state(url: str) -> dict[str, Any]:
     """The gateway's /debug/state; empty where it cannot be read from here."""
     try:
-        response = httpx.get(f"{url.rstrip('/')}/debug/state", timeout=TIMEOUT_S, trust_env=False)
+        response = httpx.get(
+            f"{url.rstrip('/')}/debug/state",
+            headers=http_headers(ADMIN_KEY),
+            timeout=TIMEOUT_S,
+            trust_env=False,
+        )
         state: dict[str, Any] = response.json() if response.status_code == 200 else {}
     except (httpx.HTTPError, ValueError):
         return {}

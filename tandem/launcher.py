@@ -3,6 +3,7 @@
 import asyncio
 import logging
 import os
+import secrets
 import signal
 import sys
 from collections.abc import Callable, Mapping
@@ -10,8 +11,9 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from runtime import logs
+from runtime.access import is_loopback
 from runtime.checkpoint_dir import resolve
-from runtime.config import fail, parse, to_argv
+from runtime.config import fail, parse, secrets_env, to_argv
 from runtime.errors import StartupError
 from runtime.lifecycle import Shutdown, first_error, run
 from runtime.settings import GatewaySettings, ProcessSettings, UpSettings, WorkerSettings
@@ -61,23 +63,33 @@ def located_model(name: str) -> str:
     return str(path) if not name or Path(name).expanduser().is_dir() else name
 
 
+def with_secrets(settings: UpSettings) -> UpSettings:
+    """`settings` with new secrets where none are given: our own calls are never open to others."""
+    missing = [name for name in ("internal_secret", "admin_key") if not getattr(settings, name)]
+    return settings.model_copy(update={name: secrets.token_urlsafe(32) for name in missing})
+
+
 def fleet_plan(
     settings: UpSettings,
     environ: Mapping[str, str] = os.environ,
     program: Callable[[str], list[str]] = program,
 ) -> FleetPlan:
-    """Commands of every process. The admin key travels in the environment: anyone may read a command line."""
-    own: dict[str, Any] = {"model": located_model(settings.model), "admin_key": None}
+    """Commands of every process."""
+    settings = with_secrets(settings)
+    own: dict[str, Any] = {"model": located_model(settings.model)}
+    # Only the two public ports are for others: our processes are all on this machine.
+    inner = settings.host if is_loopback(settings.host) else "127.0.0.1"
     if settings.log_format == "auto":  # children write into our pipe, but it ends where our stderr does
         own["log_format"] = "text" if sys.stderr.isatty() else "json"
 
     def gateway(before: Listening | None) -> list[str]:
         ports = _same_ports(before) if before else {}
+        ports["internal_host"] = settings.internal_host or inner
         return program("gateway") + to_argv(share(GatewaySettings, settings, **own, **ports))
 
     def worker(role: str, worker_id: str) -> Callable[[Listening], list[str]]:
         def command(listening: Listening) -> list[str]:
-            place = {"gateway": listening.internal.split(","), "worker_id": worker_id}
+            place = {"gateway": listening.internal.split(","), "worker_id": worker_id, "host": inner}
             return program(role) + to_argv(
                 share(WorkerSettings, settings, **own, **place, port=0, metrics_port=0)
             )
@@ -87,9 +99,7 @@ def fleet_plan(
     names = [("prefill", i) for i in range(settings.prefill)] + [
         ("decode", i) for i in range(settings.decode)
     ]
-    env = child_env(environ, threads=settings.threads)
-    if settings.admin_key is not None:
-        env["TANDEM_ADMIN_KEY"] = settings.admin_key
+    env = child_env(environ, threads=settings.threads) | secrets_env(settings)
     return FleetPlan(
         gateway=gateway,
         workers={f"{role}-{i}": worker(role, f"{role}-{i}") for role, i in names},
@@ -98,7 +108,7 @@ def fleet_plan(
     )
 
 
-def _same_ports(before: Listening) -> dict[str, int]:
+def _same_ports(before: Listening) -> dict[str, Any]:
     addresses = {"http_port": before.http, "grpc_port": before.grpc, "internal_port": before.internal}
     return {name: int(address.rsplit(":", 1)[1].rstrip("/")) for name, address in addresses.items()}
 

@@ -18,6 +18,7 @@ from runtime.errors import (
     NotFound,
     Overloaded,
     TandemError,
+    Unauthenticated,
     Unavailable,
 )
 from runtime.rpc import ERROR_DOMAIN
@@ -26,6 +27,7 @@ BY_CODE: dict[str, type[TandemError]] = {
     cls.code: cls
     for cls in (
         InvalidRequest,
+        Unauthenticated,
         NotFound,
         AlreadyExists,
         Overloaded,

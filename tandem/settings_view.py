@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from pydantic_settings import CliSettingsSource
 
-from runtime.config import CONFIG_FILE, ENV_PREFIX, Settings, parse, values_of_named_files
+from runtime.config import CONFIG_FILE, ENV_PREFIX, Settings, parse, secret_names, values_of_named_files
 from runtime.errors import StartupError
 from runtime.settings import GatewaySettings, UpSettings, WorkerSettings
 
@@ -18,8 +18,6 @@ CLASSES: dict[str, type[Settings]] = {
     "decode": WorkerSettings,
 }
 """Command -> its settings."""
-
-SECRETS = frozenset({"admin_key"})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,15 +47,15 @@ def rows(command: str, argv: list[str]) -> list[Row]:
             origin = "environment"
         else:
             origin = "file" if name in file else "default"
-        value = _shown(name, getattr(settings, name))
+        value = _shown(getattr(settings, name), secret=name in secret_names(cls))
         found.append(Row(name="--" + name.replace("_", "-"), value=value, origin=origin))
     return found
 
 
-def _shown(name: str, value: object) -> str:
+def _shown(value: object, *, secret: bool) -> str:
     if value is None:
         return "unset"
-    if name in SECRETS:
+    if secret:
         return "***"
     return ",".join(map(str, value)) if isinstance(value, list) else str(value)
 

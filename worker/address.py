@@ -13,6 +13,9 @@ from runtime.settings import WorkerSettings
 
 AUTO = "auto"
 
+WILDCARDS = ("0.0.0.0", "::")
+"""Addresses to listen on that nobody can be reached at."""
+
 SIOCGIFADDR = 0x8915
 """Linux's request for the IPv4 address of an interface, see netdevice(7)."""
 
@@ -23,9 +26,11 @@ INTERFACE_REQUEST = struct.Struct("16s 4x 4s 16x")
 def placed(settings: WorkerSettings) -> WorkerSettings:
     """`settings` with `auto` replaced by an address; the KV sockets use it too unless told otherwise.
 
-    Raises StartupError where no address can be found.
+    A worker that listens everywhere and does not say where it is reached is placed alike. Raises StartupError
+    where no address can be found.
     """
-    if settings.advertise_host != AUTO:
+    unplaced = settings.advertise_host is None and settings.host in WILDCARDS
+    if settings.advertise_host != AUTO and not unplaced:
         return settings
     host = own_address(settings.gateway[0])
     kv_host = settings.kv_interface_host or host

@@ -25,6 +25,7 @@ from engine.loader import load_model
 from kvtransfer.layout import KvFacts, KvGroup
 from protos.tandem.v1 import common_pb2, registry_pb2
 from runtime import admin_http, rpc
+from runtime.access import Keys, call_metadata
 from runtime.checkpoint_dir import bundled_model, file_hash, resolve
 from runtime.clock import SystemClock
 from runtime.config import parse_bytes
@@ -32,6 +33,7 @@ from runtime.errors import Unavailable
 from runtime.lifecycle import Shutdown, watch_lag
 from runtime.limits import DRAIN_TIMEOUT_S
 from runtime.otlp import FLUSH_TIMEOUT_S, open_tracer
+from runtime.rpc_access import INTERNAL_REFUSAL, KeyGuard
 from runtime.settings import WorkerSettings
 from runtime.version import PROTOCOL_MAJOR, VERSION
 from worker import address
@@ -155,7 +157,8 @@ class Worker:
         self._facts = kv_facts(engine, tokenizer_hash)
         self._metrics = WorkerMetrics("sender" if kind == common_pb2.WORKER_ROLE_PREFILL else "receiver")
         self._bridge = EngineBridge(asyncio.get_running_loop())
-        self._server = rpc.server([], max_message_bytes=MAX_MESSAGE_BYTES)
+        guard = KeyGuard(Keys.parse(settings.internal_secret), INTERNAL_REFUSAL)
+        self._server = rpc.server([guard], max_message_bytes=MAX_MESSAGE_BYTES)
         port = rpc.listen(self._server, settings.host, settings.port, "--port")
         self._identity = common_pb2.WorkerIdentity(
             worker_id=settings.worker_id or f"{ROLE_NAMES[kind]}-{secrets.token_hex(4)}",
@@ -189,8 +192,10 @@ class Worker:
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         socket = admin_http.bind(self._settings.host, self._settings.metrics_port, "--metrics-port")
         http_port = socket.getsockname()[1]
-        http = admin_http.HttpServer(admin_http.admin_app(self._admin_routes()))
-        membership = Membership(self._info(http_port), self._settings.gateway)
+        app = admin_http.admin_app(self._admin_routes(), self._settings.admin_key)
+        http = admin_http.HttpServer(app)
+        credentials = call_metadata(self._settings.internal_secret)
+        membership = Membership(self._info(http_port), self._settings.gateway, credentials)
         self._bridge.snapshot(self._engine)
         self._bridge.thread.start()
         await self._server.start()
@@ -257,9 +262,7 @@ class Worker:
         )
 
     def _admin_routes(self) -> list[Any]:
-        return admin_http.admin_routes(
-            self._metrics.registry, self._state, self._not_ready, self._settings.admin_key
-        )
+        return admin_http.admin_routes(self._metrics.registry, self._state, self._not_ready)
 
     def _not_ready(self) -> str | None:
         return "draining" if self._shutdown.requested.is_set() else None

@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+from collections import defaultdict
 from collections.abc import AsyncIterator
 
 import grpc
@@ -12,6 +13,9 @@ from runtime.limits import HEARTBEAT_INTERVAL_S
 
 logger = logging.getLogger(__name__)
 
+FINAL = (grpc.StatusCode.FAILED_PRECONDITION, grpc.StatusCode.UNAUTHENTICATED)
+"""Answers that no waiting changes."""
+
 RECONNECT_S = (0.1, 1.0)
 """First and longest pause between two tries to reach a gateway."""
 
@@ -19,7 +23,15 @@ RECONNECT_S = (0.1, 1.0)
 class Membership:
     """What this worker says of itself; `run` says it to every gateway until cancelled."""
 
-    def __init__(self, info: registry_pb2.WorkerInfo, gateways: list[str]) -> None:
+    def __init__(
+        self,
+        info: registry_pb2.WorkerInfo,
+        gateways: list[str],
+        credentials: tuple[tuple[str, str], ...] = (),
+    ) -> None:
+        """`credentials` is the metadata that gateways ask of calls."""
+        self._credentials = credentials
+        self._refusals: defaultdict[str, set[str]] = defaultdict(set)
         self._info = info
         self._gateways = gateways
         self._state = common_pb2.WORKER_STATE_READY
@@ -51,19 +63,29 @@ class Membership:
         accepted = False
         changed = asyncio.Event()
         self._changed.add(changed)
-        call = registry_pb2_grpc.RegistryServiceStub(channel).Register(self._messages(changed))
+        stub = registry_pb2_grpc.RegistryServiceStub(channel)
+        call = stub.Register(self._messages(changed), metadata=self._credentials)
         try:
             async for response in call:
                 if response.HasField("registered") and not accepted:
                     accepted = True
+                    self._refusals.pop(address, None)
                     logger.info("registered with gateway %s at %s", response.registered.gateway_id, address)
         except grpc.aio.AioRpcError as error:
-            level = logging.ERROR if error.code() == grpc.StatusCode.FAILED_PRECONDITION else logging.INFO
-            logger.log(level, "gateway %s: %s %s", address, error.code().name, error.details())
+            self._say_why(address, error)
         finally:
             self._changed.discard(changed)
             call.cancel()
         return accepted
+
+    def _say_why(self, address: str, error: grpc.aio.AioRpcError) -> None:
+        """A refusal that an operator must do something about is an error, but is said once."""
+        reason = f"{error.code().name} {error.details()}"
+        level = logging.ERROR if error.code() in FINAL else logging.INFO
+        if reason in self._refusals[address]:
+            level = logging.DEBUG
+        self._refusals[address].add(reason)
+        logger.log(level, "gateway %s: %s", address, reason)
 
     async def _messages(self, changed: asyncio.Event) -> AsyncIterator[registry_pb2.RegisterRequest]:
         yield registry_pb2.RegisterRequest(info=self._info)

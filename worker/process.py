@@ -5,6 +5,7 @@ import sys
 from collections.abc import Awaitable, Callable
 
 from runtime import config, lifecycle, logs
+from runtime.access import require_internal_secret
 from runtime.errors import StartupError
 from runtime.lifecycle import Shutdown
 from runtime.settings import WorkerSettings
@@ -20,6 +21,7 @@ def main(role: str, load: Callable[[], Serve]) -> None:
     """
     try:
         settings = config.parse(WorkerSettings, sys.argv[1:], prog=f"tandem {role}")
+        require_internal_secret(settings.host, settings.internal_secret)
     except StartupError as error:
         config.fail(error)
     limit_threads(settings.threads)

@@ -20,7 +20,8 @@ MAX_MODEL_LEN = 512
 class Cluster:
     """What a test works with."""
 
-    def __init__(self, gateway: Gateway, model: Any) -> None:
+    def __init__(self, gateway: Gateway, model: Any, secret: str | None = None) -> None:
+        self._secret = secret
         self.gateway = gateway
         self.model = model
         self.workers: dict[str, FakeWorker] = {}
@@ -42,7 +43,7 @@ class Cluster:
         return registry_pb2.ModelFacts(**(facts | changes))
 
     async def add(self, role: str, worker_id: str, faults: Faults | None = None) -> FakeWorker:
-        worker = FakeWorker(role, worker_id, self.internal, self.links, self.facts(), faults)
+        worker = FakeWorker(role, worker_id, self.internal, self.links, self.facts(), faults, self._secret)
         self.workers[worker_id] = worker
         await worker.start()
         await self.until(lambda: worker_id in self.ready())
@@ -71,7 +72,7 @@ async def cluster(*workers: tuple[str, str], **settings: Any) -> AsyncIterator[C
     gateway = Gateway(GatewaySettings(**given), model)
     gateway.bind()
     async with gateway.serving():
-        made = Cluster(gateway, model)
+        made = Cluster(gateway, model, settings.get("internal_secret"))
         try:
             for role, worker_id in workers:
                 await made.add(role, worker_id)

@@ -26,6 +26,8 @@ from protos.tandem.v1 import (
     registry_pb2_grpc,
 )
 from runtime import rpc
+from runtime.access import Keys, call_metadata
+from runtime.rpc_access import INTERNAL_REFUSAL, KeyGuard
 from runtime.version import PROTOCOL_MAJOR
 
 EOS = 1
@@ -84,7 +86,9 @@ class FakeWorker:
         links: Links,
         facts: registry_pb2.ModelFacts,
         faults: Faults | None = None,
+        secret: str | None = None,
     ) -> None:
+        self._secret = secret
         self.role = role
         self.worker_id = worker_id
         self.faults = faults or Faults()
@@ -102,7 +106,8 @@ class FakeWorker:
         self._server: grpc.aio.Server | None = None
 
     async def start(self) -> "FakeWorker":
-        self._server = rpc.server([], max_message_bytes=1 << 20)
+        guard = KeyGuard(Keys.parse(self._secret), INTERNAL_REFUSAL)
+        self._server = rpc.server([guard], max_message_bytes=1 << 20)
         prefill_pb2_grpc.add_PrefillServiceServicer_to_server(_Prefill(self), self._server)
         decode_pb2_grpc.add_DecodeServiceServicer_to_server(_Decode(self), self._server)
         port = rpc.listen(self._server, "127.0.0.1", 0, "--port")
@@ -141,7 +146,8 @@ class FakeWorker:
     async def _register(self) -> None:
         async with rpc.channel(self._gateway) as channel:
             while True:
-                call = registry_pb2_grpc.RegistryServiceStub(channel).Register(self._heartbeats())
+                stub = registry_pb2_grpc.RegistryServiceStub(channel)
+                call = stub.Register(self._heartbeats(), metadata=call_metadata(self._secret))
                 with contextlib.suppress(grpc.aio.AioRpcError):
                     async for _ in call:
                         pass

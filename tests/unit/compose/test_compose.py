@@ -9,7 +9,9 @@ from pathlib import Path
 import pytest
 import yaml
 
+from compose import fetch_model
 from runtime.config import ENV_PREFIX
+from runtime.errors import StartupError
 from runtime.settings import GatewaySettings, ProcessSettings, WorkerSettings
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -20,6 +22,7 @@ OURS = {
     "prefill": WorkerSettings,
     "decode": WorkerSettings,
 }
+SHARED_SECRETS = "/var/lib/tandem/secrets"
 WATCHERS = {"collector", "tempo", "prometheus", "grafana"}
 WORKERS = ("prefill", "decode")
 
@@ -140,11 +143,45 @@ def test_a_worker_finds_the_gateway_by_name_and_is_found_by_its_address(services
 def test_secrets_are_files_and_stand_in_no_environment(base, services):
     for name, secret in base["secrets"].items():
         assert secret == {"file": f"${{{name.upper()}_FILE:-/dev/null}}"}
-    for name, service in services.items():
+    for service in services.values():
         for variable, value in service.get("environment", {}).items():
             if re.search("(KEY|TOKEN|PASSWORD|SECRET)(_|$)", variable):
-                assert str(value).startswith("/run/secrets/"), f"{name}: {variable}"
-                assert value.rpartition("/")[2] in service["secrets"]
+                place, _, file = str(value).rpartition("/")
+                if place == SHARED_SECRETS:
+                    assert f"secrets:{SHARED_SECRETS}:ro" in service["volumes"]
+                    assert file in fetch_model.SECRETS
+                else:
+                    assert (place, file in service["secrets"]) == ("/run/secrets", True), variable
+
+
+def test_one_container_alone_writes_the_shared_secrets(services):
+    writers = [
+        name for name, each in services.items() if f"secrets:{SHARED_SECRETS}" in each.get("volumes", ())
+    ]
+    assert writers == ["model"]
+    assert set(fetch_model.SECRETS) <= set(services["model"]["secrets"])
+    assert str(fetch_model.SHARED) == SHARED_SECRETS
+    for name in (*WORKERS, "gateway"):
+        environment = services[name]["environment"]
+        assert environment["TANDEM_INTERNAL_SECRET_FILE"] == f"{SHARED_SECRETS}/internal_secret"
+
+
+def test_a_secret_is_drawn_once_and_a_given_one_wins(tmp_path):
+    given, shared = tmp_path / "given", tmp_path / "shared"
+    given.write_text("")
+    for place in (given, tmp_path / "nothing"):
+        fetch_model.share_secret(place, shared)
+    drawn = shared.read_text()
+    assert len(drawn) > 40
+    assert shared.stat().st_mode & 0o777 == 0o444
+    fetch_model.share_secret(given, shared)
+    assert shared.read_text() == drawn
+    given.write_text("mine\n")
+    fetch_model.share_secret(given, shared)
+    assert shared.read_text() == "mine\n"
+    assert [path.name for path in tmp_path.iterdir() if path.suffix] == []
+    with pytest.raises(StartupError, match="secret shared"):
+        fetch_model.share_secret(given, tmp_path / "no" / "shared")
 
 
 def test_only_the_watchers_have_a_profile(services):
@@ -191,6 +228,15 @@ def test_prometheus_asks_each_process_where_it_answers(services):
     metrics = {int(services[name]["environment"]["TANDEM_METRICS_PORT"]) for name in WORKERS}
     assert metrics == {8001}
     assert places == {("gateway", gateway), ("prefill", 8001), ("decode", 8001), ("collector", 8889)}
+
+
+def test_prometheus_shows_the_admin_key_to_our_processes(services):
+    config = load(COMPOSE / "prometheus" / "prometheus.yaml")
+    for job in config["scrape_configs"]:
+        credentials = job.get("authorization", {}).get("credentials_file")
+        ours = job["job_name"] in OURS
+        assert credentials == (f"{SHARED_SECRETS}/admin_key" if ours else None)
+    assert f"secrets:{SHARED_SECRETS}:ro" in services["prometheus"]["volumes"]
 
 
 def test_traces_reach_tempo(services):

@@ -17,7 +17,7 @@ pytestmark = pytest.mark.skipif(
 @pytest.mark.parametrize(
     "words",
     [
-        ("check", "config", "prometheus.yaml"),
+        ("check", "config", "--syntax-only", "prometheus.yaml"),
         ("check", "rules", "recording.yaml", "alerts.yaml"),
         ("test", "rules", "rules_test.yaml"),
     ],

@@ -111,3 +111,15 @@ def test_every_setting_has_help() -> None:
     for cls in (UpSettings, GatewaySettings, WorkerSettings):
         for name, field in cls.model_fields.items():
             assert field.description, f"{cls.__name__}.{name}"
+
+
+def test_secrets_are_shown_nowhere(toml: Path) -> None:
+    settings = config.parse(UpSettings, ["--api-keys=hush", "--admin-key=hush"], prog="tandem up")
+    assert config.secret_names(UpSettings) == ["internal_secret", "admin_key", "api_keys"]
+    assert "hush" not in repr(settings)
+    assert not any("hush" in word for word in config.to_argv(settings))
+    assert config.secrets_env(settings) == {"TANDEM_API_KEYS": "hush", "TANDEM_ADMIN_KEY": "hush"}
+    toml.write_text('api_keys = ["hush"]\n')
+    with pytest.raises(StartupError, match=r"--api-keys: .*string") as caught:
+        gateway()
+    assert "hush" not in caught.value.message

@@ -8,7 +8,7 @@ import httpx
 import pytest
 from google.rpc import error_details_pb2
 from prometheus_client import CollectorRegistry, Counter
-from starlette.applications import Starlette
+from starlette.types import ASGIApp
 
 from runtime import admin_http, errors, rpc
 from runtime.errors import InvalidRequest, Overloaded, StartupError, TandemError
@@ -50,13 +50,13 @@ async def admin():
     registry = CollectorRegistry()
     Counter("tandem_things_total", "Things.", registry=registry).inc(3)
     reason: list[str | None] = [None]
-    routes = admin_http.admin_routes(registry, lambda: {"requests": 0}, lambda: reason[0], "secret")
-    return Starlette(routes=routes), reason
+    routes = admin_http.admin_routes(registry, lambda: {"requests": 0}, lambda: reason[0])
+    return admin_http.admin_app(routes, "secret"), reason
 
 
-def client(app: Starlette, host: str) -> httpx.AsyncClient:
+def client(app: ASGIApp, host: str) -> httpx.AsyncClient:
     transport = httpx.ASGITransport(app=app, client=(host, 1))
-    return httpx.AsyncClient(transport=transport, base_url="http://worker")
+    return httpx.AsyncClient(transport=transport, base_url="http://127.0.0.1")
 
 
 async def test_admin_routes(admin) -> None:
@@ -73,7 +73,7 @@ async def test_admin_routes(admin) -> None:
         assert (await http.get("/debug/state")).json() == {"requests": 0}
 
 
-async def test_state_is_for_loopback_or_the_key(admin) -> None:
+async def test_state_and_metrics_are_for_loopback_or_the_key(admin) -> None:
     app, _ = admin
     async with client(app, "10.0.0.9") as http:
         assert (await http.get("/debug/state")).status_code == 401

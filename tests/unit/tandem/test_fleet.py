@@ -41,6 +41,19 @@ def test_every_flag_reaches_the_processes_that_know_it():
     assert found.workers["decode-1"](WHERE)[0] == "decode"
 
 
+@pytest.mark.parametrize(
+    ("host", "inner"), [("0.0.0.0", "127.0.0.1"), ("10.1.1.1", "127.0.0.1"), ("::1", "::1")]
+)
+def test_only_the_public_ports_are_for_other_machines(host, inner):
+    found = plan(f"--host={host}")
+    gateway = parsed(found.gateway(None))
+    assert (gateway.host, gateway.internal_host) == (host, inner)
+    assert parsed(found.workers["decode-0"](WHERE)).host == inner
+    assert (
+        parsed(plan(f"--host={host}", "--internal-host=10.2.2.2").gateway(None)).internal_host == "10.2.2.2"
+    )
+
+
 def test_a_restarted_gateway_has_the_same_ports():
     again = parsed(plan("--http-port=0").gateway(replace(WHERE, internal="127.0.0.1:83")))
     assert (again.http_port, again.grpc_port, again.internal_port) == (81, 82, 83)
@@ -53,11 +66,20 @@ def test_share_takes_the_common_fields_only():
     assert share(GatewaySettings, settings).grpc_port == 9
 
 
-def test_the_admin_key_is_on_no_command_line():
-    found = plan("--admin-key=secret")
-    assert found.env["TANDEM_ADMIN_KEY"] == "secret"
+def test_secrets_are_on_no_command_line():
+    found = plan("--admin-key=hush", "--api-keys=hush,hush2", "--internal-secret=hush3")
+    assert found.admin_key == found.env["TANDEM_ADMIN_KEY"] == "hush"
+    assert found.env["TANDEM_API_KEYS"] == "hush,hush2"
+    assert found.env["TANDEM_INTERNAL_SECRET"] == "hush3"
     commands = [found.gateway(None), *(command(WHERE) for command in found.workers.values())]
-    assert not any("secret" in word for command in commands for word in command)
+    assert not any("hush" in word or "secret" in word for command in commands for word in command)
+
+
+def test_every_fleet_has_a_secret_of_its_own():
+    drawn = [plan().env["TANDEM_INTERNAL_SECRET"] for _ in range(2)]
+    assert min(map(len, drawn)) > 40
+    assert drawn[0] != drawn[1]
+    assert "TANDEM_API_KEYS" not in plan().env
 
 
 def test_environment_of_children():

@@ -44,3 +44,12 @@ def test_addresses_of_interfaces_are_this_machine_s() -> None:
     for host in found:  # only an address of our own can be bound
         with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
             probe.bind((host, 0))
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "::"])
+def test_nobody_is_reached_at_everywhere(host: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(address, "interface_addresses", lambda: ["127.0.0.1", "10.1.2.3"])
+    placed = address.placed(settings(host=host))
+    assert (placed.host, placed.advertise_host, placed.kv_interface_host) == (host, "10.1.2.3", "10.1.2.3")
+    named = settings(host=host, advertise_host="worker-1")
+    assert address.placed(named) is named
