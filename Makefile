@@ -4,6 +4,7 @@
 # make bench-cpu  Tandem beside its peers on this CPU
 # make bench-speculation   tokens a second with speculation over without
 # make bench-policies   scheduling policies on recorded traces, simulated
+# make kernels-aot   compile every Triton kernel, no GPU needed
 # make check   style, types, layers, sizes, wire format
 
 VENV := .venv
@@ -16,7 +17,7 @@ TEST_ENV := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive GOMP_SPINCOUNT=0
 SOURCES := protos gateway prefill_svc decode_svc worker engine kvtransfer kernels runtime tandem
 ALL := $(SOURCES) compose tests tools $(wildcard benchmarks)
 
-.PHONY: serve test test-long check protos dashboards bench bench-split bench-cpu bench-policies bench-speculation bench-tracing clean
+.PHONY: serve test test-long check protos dashboards kernels-aot bench bench-split bench-cpu bench-policies bench-speculation bench-tracing clean
 
 serve: $(VENV)/.installed
 	@exec $(BIN)/tandem up $(ARGS)
@@ -41,6 +42,10 @@ protos: $(VENV)/.installed-dev
 
 dashboards: $(VENV)/.installed
 	$(BIN)/python tools/dashboards.py
+
+# Registers, stack and shared memory of each kernel go to benchmarks/results/kernels_aot.json.
+kernels-aot: $(VENV)/.installed
+	$(BIN)/python -m tools.compile_kernels $(ARGS)
 
 bench: $(VENV)/.installed
 	$(BIN)/tandem bench $(ARGS)
