@@ -10,7 +10,7 @@ import json
 import logging
 import os
 import sys
-from asyncio.subprocess import DEVNULL, PIPE, Process
+from asyncio.subprocess import PIPE, Process
 from collections import OrderedDict
 from pathlib import Path
 from typing import Any
@@ -120,7 +120,6 @@ class GrammarCheck:
             env=env,
             stdin=PIPE,
             stdout=PIPE,
-            stderr=DEVNULL,
             start_new_session=True,
             limit=MAX_LINE_BYTES,
         )
