@@ -15,7 +15,6 @@ import heapq
 import json
 import random
 import statistics
-import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -344,7 +343,8 @@ def table(rows: Sequence[dict[str, object]]) -> str:
 def main() -> None:
     rows = simulate()
     print(table(rows))
-    Path(sys.argv[1] if len(sys.argv) > 1 else "policies.json").write_text(json.dumps(rows, indent=1) + "\n")
+    results = Path(__file__).parent / "results" / "policies.json"
+    results.write_text(json.dumps(rows, indent=1) + "\n")
 
 
 if __name__ == "__main__":
