@@ -4,8 +4,9 @@ One process, the co-located engine, the bundled pair. For each batch size the sa
 speculation off and on, in turns; only steps in which every request decodes are timed, in CPU-seconds of this
 process, because the machine may be shared. Arms: the draft model, n-grams on text that repeats itself, and
 an oracle that knows the undisturbed output and errs at a given rate, so that acceptance can be chosen.
-Predicted: (1 - a^(k+1)) / (1 - a) / (1 + k c) with the measured acceptance a, mean draft length k and cost c
-of a draft token in target steps.
+Predicted: (1 - a^(k+1)) / (1 - a) / (v + k c) with the measured acceptance a, mean draft length k and cost c
+of a draft token in target steps. Verifying is free in theory (v = 1), as it nearly is where a step is bound
+by memory; "with rows" takes v as measured: the cost of a step of batch * (k + 1) rows in steps of batch rows.
 """
 
 import argparse
@@ -71,6 +72,7 @@ class Measured:
     mean_draft_length: float
     tokens_per_step: float
     predicted: float
+    predicted_with_rows: float
     identical: bool
 
 
@@ -147,6 +149,9 @@ def measure(
         identical &= all(request.output_token_ids == outputs[request.key] for request in drafted)
     length = stats.draft_tokens / max(stats.num_drafts, 1)
     rate = judged_rate(stats.accepted_by_position, stats)
+    costs = on._runner.speculation._target_costs  # type: ignore[attr-defined]
+    rows = costs.estimate(round(batch * (1 + length))) / costs.estimate(batch)
+    share = min(stats.num_drafts / max(drafted_steps * batch, 1), 1.0)
     draft_cost = stats.draft_s / max(stats.draft_tokens / batch, 1) / (plain_s / plain_steps)
     return Measured(
         arm=arm,
@@ -155,7 +160,8 @@ def measure(
         acceptance=rate,
         mean_draft_length=length,
         tokens_per_step=drafted_tokens / max(drafted_steps, 1) / batch,
-        predicted=predicted(rate, length, draft_cost, stats.num_drafts / max(drafted_steps * batch, 1)),
+        predicted=predicted(rate, length, draft_cost, share),
+        predicted_with_rows=predicted(rate, length, draft_cost, share, rows),
         identical=identical,
     )
 
@@ -168,11 +174,10 @@ def judged_rate(accepted_by_position: list[int], stats: object) -> float:
     return accepted / max(accepted + num_drafts - full, 1)
 
 
-def predicted(rate: float, length: float, draft_cost: float, drafted: float) -> float:
-    """`drafted`: share of all decodes that had a draft; the others give one token at the plain cost."""
-    share = min(drafted, 1.0)
+def predicted(rate: float, length: float, draft_cost: float, share: float, rows: float = 1.0) -> float:
+    """`share` of all decodes had a draft; the others give one token. `rows`: v, where all have one."""
     tokens = (1 - rate ** (length + 1)) / (1 - rate) if rate < 1 else length + 1
-    return (1 - share + share * tokens) / (1 + share * length * draft_cost)
+    return (1 - share + share * tokens) / (1 + share * (rows - 1 + length * draft_cost))
 
 
 def texts(repetitive: bool) -> list[list[int]]:
@@ -208,7 +213,7 @@ def main() -> None:
         "plain": load_model(bundled_model(), EngineConfig()),
         "draft": load_model(bundled_model(), EngineConfig(speculative="draft", draft_model=draft)),
     }
-    titles = ("on / off", "predicted", "accepted", "length", "tokens/step")
+    titles = ("on / off", "predicted", "with rows", "accepted", "length", "tokens/step")
     print(f"{'arm':14}{'batch':>6}" + "".join(f"{title:>13}" for title in titles) + "  same tokens")
     results = []
     for arm in args.arms:
@@ -216,7 +221,10 @@ def main() -> None:
         for batch in args.batches:
             row = measure(arm, batch, models, prompts, args)
             results.append(asdict(row))
-            values = (row.speedup, row.predicted, row.acceptance, row.mean_draft_length, row.tokens_per_step)
+            values = (
+                row.speedup, row.predicted, row.predicted_with_rows, row.acceptance, row.mean_draft_length,
+                row.tokens_per_step,
+            )  # fmt: skip
             same = "yes" if row.identical else "NO"
             line = f"{row.arm:14}{row.batch:6}" + "".join(f"{value:13.2f}" for value in values)
             print(f"{line}  {same}", flush=True)

@@ -45,6 +45,8 @@ class BlockTables:
         self.stats = PrefixCacheStats()
         self._keys = keys
         self._cache = RadixCache()
+        self._has_retracted = False
+        """What a request has published may be known no more."""
         self.draft_coverage = DraftCoverage(block_size)
         self._copy_blocks = copy_blocks
         self._copies: list[list[tuple[int, int]]] = [[] for _ in self.pools]
@@ -138,7 +140,8 @@ class BlockTables:
         and so does what follows them.
         """
         num_full = request.num_computed_tokens // self.block_size
-        if num_full == request.num_published_blocks and not self.draft_coverage.lags(request):
+        is_new = num_full > request.num_published_blocks or self.draft_coverage.lags(request)
+        if not is_new and not self._has_retracted:
             return
         if request.num_published_blocks > 0 and self._last_published(request) not in self._cache:
             request.num_published_blocks = request.num_draft_published_blocks = 0
@@ -173,6 +176,7 @@ class BlockTables:
         It may have got the fault from any block that it shares, or have passed it on.
         """
         if request.block_tables and request.block_tables[0][0] in self._cache:
+            self._has_retracted = True
             for block_ids in self._cache.remove_family(request.block_tables[0][0]):
                 self._drop(block_ids)
         request.num_published_blocks = request.num_draft_published_blocks = 0
