@@ -20,6 +20,7 @@ import grpc.aio
 
 from gateway.attempt import Source
 from gateway.choices import choices_to_end
+from gateway.quarantine import Suspicion, losses
 from protos.tandem.v1 import common_pb2 as pb
 from protos.tandem.v1 import decode_pb2, decode_pb2_grpc, prefill_pb2, prefill_pb2_grpc
 from runtime import rpc
@@ -96,6 +97,7 @@ class AttachClient:
         self._gateway_id = gateway_id
         self._on_dropped = on_dropped
         self._live: dict[tuple[int, int], Inbox] = {}
+        self._suspicions: dict[tuple[int, int], Suspicion] = {}
         self._going_on: dict[tuple[int, int], set[int]] = {}
         self._uncomputed: dict[tuple[int, int], int] = {}
         self._outgoing: deque[pb.AttachCommand] = deque()
@@ -111,7 +113,9 @@ class AttachClient:
         """Tokens submitted whose attempts have not produced anything yet: runs ahead of the reported load."""
         return sum(self._uncomputed.values())
 
-    def submit(self, submit: pb.Submit, inbox: Inbox, num_cached_tokens: int = 0) -> None:
+    def submit(
+        self, submit: pb.Submit, inbox: Inbox, suspicion: Suspicion, num_cached_tokens: int = 0
+    ) -> None:
         """Start an attempt. Unavailable without a stream, Overloaded if the worker does not read.
 
         `num_cached_tokens` tokens of the prompt are probably not computed again.
@@ -124,6 +128,7 @@ class AttachClient:
             )
         key = (submit.request, submit.attempt)
         self._live[key] = inbox
+        self._suspicions[key] = suspicion
         self._going_on[key] = choices_to_end(submit)
         self._uncomputed[key] = max(len(submit.prompt_token_ids) - num_cached_tokens, 0)
         self._send(pb.AttachCommand(submit=submit))
@@ -154,7 +159,7 @@ class AttachClient:
     async def _stream(self, channel: grpc.aio.Channel) -> bool:
         """One stream to its end; True if the worker ever spoke on it."""
         stub, request_type = STUBS[self.source]
-        call = stub(channel).Attach(self._requests(request_type), metadata=self._credentials)
+        call = stub(channel).Attach(self._requests(request_type, self._outgoing), metadata=self._credentials)
         spoke = False
         try:
             while (event := await _next_event(call)) is not None:
@@ -170,9 +175,9 @@ class AttachClient:
         if self.connected:
             logger.warning("worker %s: attach stream lost", self.identity.worker_id)
         self.connected = False
-        self._outgoing.clear()
-        error = Unavailable(f"worker {self.identity.worker_id} is gone", retryable=True, retry_after_s=1.0)
-        for request, attempt in list(self._live):
+        self._outgoing = deque()
+        errors = losses(self.identity, self._suspicions.values())
+        for (request, attempt), error in zip(list(self._suspicions), errors, strict=True):
             inbox = self._forget((request, attempt))
             assert inbox is not None
             inbox.put(Arrival(self.source, attempt, error))
@@ -187,6 +192,10 @@ class AttachClient:
                 continue
             self._uncomputed.pop((frame.request, frame.attempt), None)
             inbox.put(Arrival(self.source, frame.attempt, frame))
+        if self.source is Source.DECODE:
+            stepped = {(frame.request, frame.attempt) for frame in event.tokens}
+            for key in stepped & self._suspicions.keys():
+                self._suspicions[key].on_step()
         for end in event.ends:
             inbox = self._ended((end.request, end.attempt), end)
             if inbox is not None:
@@ -202,19 +211,23 @@ class AttachClient:
     def _forget(self, key: tuple[int, int]) -> Inbox | None:
         self._uncomputed.pop(key, None)
         self._going_on.pop(key, None)
+        self._suspicions.pop(key, None)
         return self._live.pop(key, None)
 
     def _send(self, command: pb.AttachCommand) -> None:
         self._outgoing.append(command)
         self._wake.set()
 
-    async def _requests(self, request_type: Callable[..., Any]) -> AsyncIterator[Any]:
+    async def _requests(
+        self, request_type: Callable[..., Any], outgoing: deque[pb.AttachCommand]
+    ) -> AsyncIterator[Any]:
         hello = pb.AttachHello(gateway_id=self._gateway_id, protocol_major=PROTOCOL_MAJOR)
         yield request_type(command=pb.AttachCommand(hello=hello))
         sequence = 0
-        while True:
-            while self._outgoing:
-                yield request_type(command=self._outgoing.popleft())
+        # grpc.aio goes on asking for requests of a stream that the worker has ended: the next one has them.
+        while outgoing is self._outgoing:
+            while outgoing:
+                yield request_type(command=outgoing.popleft())
             self._wake.clear()
             try:
                 async with asyncio.timeout(HEARTBEAT_INTERVAL_S):
@@ -227,7 +240,7 @@ class AttachClient:
         """Nothing is filed without a stream, and only live attempts count as uncomputed."""
         assert self.connected or not self._live
         assert self._uncomputed.keys() <= self._live.keys()
-        assert self._going_on.keys() == self._live.keys()
+        assert self._going_on.keys() == self._live.keys() == self._suspicions.keys()
 
 
 async def _next_event(call: Any) -> pb.AttachEvent | None:

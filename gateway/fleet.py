@@ -87,6 +87,11 @@ class Fleet:
         """The attach client of a candidate."""
         return self._clients[worker_id]
 
+    def is_registered(self, identity: common_pb2.WorkerIdentity) -> bool:
+        """Whether this very process of a worker is still among us."""
+        client = self._clients.get(identity.worker_id)
+        return client is not None and client.identity.boot_id == identity.boot_id
+
     def abort(self, worker_id: str, request: int, attempt: int) -> None:
         """Tell a worker to give an attempt up; no-op if the worker or the attempt is gone."""
         client = self._clients.get(worker_id)

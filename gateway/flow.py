@@ -22,9 +22,11 @@ from gateway.metrics import GatewayMetrics, RequestMeter
 from gateway.model import ServedModel
 from gateway.output import Delta, TextOutput
 from gateway.prompts import Messages, bad_word_token_ids, tokenize
+from gateway.quarantine import Quarantine
 from gateway.run import Prepared, RequestRun
 from gateway.telemetry import Telemetry
 from gateway.tracing import Origin, RequestTrace
+from gateway.trials import Trials, Watch
 from gateway.validation import (
     ModelLimits,
     check_cache_salt,
@@ -108,6 +110,8 @@ class Flow:
         # For measuring: uvloop's own time has a resolution of 1 ms.
         self._clock = SystemClock()
         self._admission = Admission(max_concurrent_requests, max_waiting_requests)
+        self._quarantine = Quarantine(self._clock)
+        self._trials = Trials()
         self._request_timeout_s = request_timeout_s
         self._local_prefill_threshold = local_prefill_threshold
         self._live: dict[str, Live] = {}
@@ -240,6 +244,7 @@ class Flow:
                 "best_of above n and beam search cannot be streamed: their choices are known at the end",
                 field="stream",
             )
+        self._quarantine.admit(token_ids, sampling)
         await self._check_grammar(sampling.structured_output, asked.names)
         live.trace.asked(asked.sampling)
         left_s = live.arrived_s + min(asked.timeout_s, self._request_timeout_s) - self._clock.now()
@@ -275,6 +280,8 @@ class Flow:
             self.fleet,
             self._metrics,
             live.trace,
+            self._quarantine,
+            Watch(self._trials),
             local_prefill_threshold=self._local_prefill_threshold,
         )
         if live.stopped is not None:

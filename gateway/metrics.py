@@ -9,6 +9,7 @@ from runtime.metrics import DURATION_BUCKETS, LAG_BUCKETS, PREFIX, TOKEN_BUCKETS
 OUTCOMES: dict[str, str] = {
     "INVALID_ARGUMENT": "invalid",
     "CONTEXT_LENGTH_EXCEEDED": "invalid",
+    "QUARANTINED": "quarantined",
     "NOT_FOUND": "invalid",
     "ALREADY_EXISTS": "invalid",
     "OVERLOADED": "overloaded",
@@ -63,6 +64,9 @@ class GatewayMetrics:
         )
         self.migrations = self._counter(
             "request_migrations", "Retries of requests whose client had tokens already"
+        )
+        self.convictions = self._counter(
+            "requests_quarantined", "Requests given up because their workers died twice"
         )
         self.sheds = self._counter("requests_shed", "Requests refused because a queue was full")
         self.dropped_frames = self._counter("dropped_frames", "Token frames of attempts that were over")

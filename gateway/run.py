@@ -23,11 +23,13 @@ from gateway.metrics import GatewayMetrics
 from gateway.output import Delta
 from gateway.prefix_index import Chain
 from gateway.prompt_logprobs import PromptLogprobs
+from gateway.quarantine import MAX_STRIKES, Quarantine, WorkerLost
 from gateway.router import Route, choose
 from gateway.tracing import RequestTrace
+from gateway.trials import Watch
 from protos.tandem.v1 import common_pb2 as pb
 from runtime.clock import SystemClock
-from runtime.errors import Cancelled, DeadlineExceeded, Preempted, TandemError, Unavailable
+from runtime.errors import Cancelled, DeadlineExceeded, Internal, Preempted, TandemError, Unavailable
 
 logger = logging.getLogger(__name__)
 
@@ -35,6 +37,9 @@ MAX_ATTEMPTS = 3
 
 WAIT_FOR_WORKER_S = 2.0
 """A request that has lost its workers waits for others this long."""
+
+SETTLE_S = 0.25
+"""Within this time the death of a worker's process shows at all of its streams."""
 
 RETRY_PAUSE_S = 0.05
 """Before another attempt after a worker said no (rather than died)."""
@@ -76,6 +81,8 @@ class RequestRun:
         fleet: Fleet,
         metrics: GatewayMetrics,
         trace: RequestTrace,
+        quarantine: Quarantine,
+        watch: Watch,
         *,
         local_prefill_threshold: int,
     ) -> None:
@@ -84,6 +91,8 @@ class RequestRun:
         self._fleet = fleet
         self._metrics = metrics
         self._trace = trace
+        self._quarantine = quarantine
+        self._watch = watch
         # As in `flow`: the loop's own time is too coarse to measure with.
         self._clock = SystemClock()
         self._local_prefill_threshold = local_prefill_threshold
@@ -109,6 +118,7 @@ class RequestRun:
                 yield delta
             yield self._with_usage(last)
         finally:
+            self._watch.end()
             self._metrics.dropped_frames.inc(self._progress.dropped_frames)
 
     async def _all_attempts(self) -> AsyncGenerator[Delta, None]:
@@ -116,6 +126,7 @@ class RequestRun:
         while self._outputs.going_on:
             for delta in deltas:
                 yield delta
+            await self._watch.begin(self._request.deadline)
             start_s = self._clock.now()
             prefix = self._prefix()
             route = await self._route(prefix)
@@ -132,6 +143,7 @@ class RequestRun:
                         yield delta
                     deltas = self._merge(await self._arrivals())
             finally:
+                self._watch.end()
                 self._abort(route, attempt)
             if self._outputs.going_on:
                 for delta in deltas:
@@ -161,6 +173,7 @@ class RequestRun:
                 self._progress.on_end(source, what)
             else:
                 self._progress.on_lost(source, attempt, what)
+        self._watch.settle()
         return self._deltas(new)
 
     def _deltas(self, new: Mapping[int, NewTokens]) -> list[Delta]:
@@ -223,7 +236,8 @@ class RequestRun:
                 message.peer.CopyFrom(peer.identity)
             try:
                 worker_id = client.identity.worker_id
-                client.submit(message, self._inbox, self._fleet.cached_tokens(worker_id, prefix))
+                num_cached_tokens = self._fleet.cached_tokens(worker_id, prefix)
+                client.submit(message, self._inbox, self._watch.suspicion, num_cached_tokens)
                 self._fleet.remember(worker_id, prefix)
             except TandemError as error:
                 self._inbox.put(Arrival(source, self._progress.attempt, error))
@@ -273,6 +287,8 @@ class RequestRun:
         ends = self._judge_emitted()
         if not self._outputs.going_on:
             return ends
+        if isinstance(failed.error, WorkerLost):
+            await self._judge(failed.error)
         # A preempted attempt has emitted at least one token: these come to an end by themselves.
         self._num_failures += not isinstance(failed.error, Preempted)
         if not failed.error.retryable or self._num_failures >= MAX_ATTEMPTS:
@@ -292,6 +308,25 @@ class RequestRun:
         if not failed.worker_lost:
             await asyncio.sleep(RETRY_PAUSE_S)
         return ends
+
+    async def _judge(self, loss: WorkerLost) -> None:
+        """Raise if workers die of this request, rather than beside it."""
+        suspicion = self._watch.suspicion
+        if suspicion.would_convict(loss):
+            await asyncio.sleep(SETTLE_S)
+            if self._fleet.is_registered(loss.identity):
+                return  # it lives: the stream to it broke
+        if suspicion.strike(loss):
+            self._quarantine.convict(self._request.prompt_token_ids, self._request.sampling)
+            self._metrics.convictions.inc()
+            logger.error(
+                "%s and another worker died of one request: it is given up and refused from now on",
+                loss.identity.worker_id,
+                extra={"request_id": self._request.request_id},
+            )
+            raise Internal(
+                f"workers died {MAX_STRIKES} times while they ran this request; it is not tried again"
+            )
 
     def _judge_emitted(self) -> list[Delta]:
         """Complete already? A worker can be lost between its last tokens and the word that they are."""

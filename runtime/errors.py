@@ -2,7 +2,8 @@
 
     TandemError
     ├── InvalidRequest          INVALID_ARGUMENT    400   names the field
-    │   └── ContextLengthExceeded
+    │   ├── ContextLengthExceeded
+    │   └── Quarantined                             workers died of it
     ├── Unauthenticated         UNAUTHENTICATED     401   no key, or a wrong one
     ├── NotFound                NOT_FOUND           404
     ├── AlreadyExists           ALREADY_EXISTS      409
@@ -57,6 +58,12 @@ class ContextLengthExceeded(InvalidRequest):
     """Prompt plus max_tokens do not fit the model's context."""
 
     reason = "CONTEXT_LENGTH_EXCEEDED"
+
+
+class Quarantined(InvalidRequest):
+    """Workers have died of this request; it is not tried again for a while."""
+
+    reason = "QUARANTINED"
 
 
 class Unauthenticated(TandemError):

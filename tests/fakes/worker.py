@@ -51,7 +51,8 @@ class Faults:
     token_delay_s: float = 0.0
     die_at: int | None = None
     """The process is gone when this output index is due."""
-    die_once: bool = True
+    poison: int | None = None
+    """The process is gone as soon as it computes a request with this token in its prompt or output."""
     fail_next: list[pb.AttemptFailed] = field(default_factory=list)
     """Each new attempt takes one and fails with it."""
     ignore_next: int = 0
@@ -233,7 +234,7 @@ class FakeWorker:
     async def _prefill(
         self, submit: pb.Submit, starts: dict[int, int], events: asyncio.Queue[pb.AttachEvent | None]
     ) -> None:
-        if await self._fault_at(min(starts.values()), events):
+        if await self._fault_at(min(starts.values()), events) or self._poisoned(submit.prompt_token_ids):
             return
         await asyncio.sleep(self.faults.token_delay_s)
         goes_on = False
@@ -258,6 +259,8 @@ class FakeWorker:
             if await self._fault_at(min(indices.values()), events):
                 return
             await asyncio.sleep(self.faults.token_delay_s)
+            if self._poisoned([*submit.prompt_token_ids, *self._computed(submit, indices)]):
+                return
             for choice, index in list(indices.items()):
                 indices[choice], ended = self._decode_choice(submit, choice, index, events)
                 if ended:
@@ -293,6 +296,16 @@ class FakeWorker:
         if index + 1 >= submit.sampling.max_tokens:
             return token, pb.FINISH_REASON_LENGTH
         return token, None
+
+    @staticmethod
+    def _computed(submit: pb.Submit, indices: dict[int, int]) -> list[int]:
+        return [token_at(submit.prompt_token_ids, index, choice) for choice, index in indices.items()]
+
+    def _poisoned(self, token_ids: Sequence[int]) -> bool:
+        if self.faults.poison is None or self.faults.poison not in token_ids:
+            return False
+        self._spawn(self.die())
+        return True
 
     async def _fault_at(self, index: int, events: asyncio.Queue[pb.AttachEvent | None]) -> bool:
         if self.faults.die_at is not None and index >= self.faults.die_at:
