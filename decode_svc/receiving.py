@@ -11,7 +11,6 @@ from torch import Tensor
 
 from engine.engine import Engine
 from engine.request import Request
-from kernels import ops
 from kvtransfer.plan import Rectangle
 from runtime.errors import TandemError
 
@@ -61,8 +60,8 @@ class Receiving:
             return
         first, end = rectangle.first_block, rectangle.first_block + rectangle.num_blocks
         block_ids = request.block_tables[rectangle.group][first:end]
-        group = engine.kv_cache.groups[rectangle.group]
-        ops.scatter_blocks(group, block_ids, rectangle.first_layer, rectangle.num_layers, slab)
+        pool = engine.kv_cache.pool
+        pool.scatter(rectangle.group, block_ids, rectangle.first_layer, rectangle.num_layers, slab)
 
     def take(self, transfer_id: bytes) -> Request | None:
         """The request of a transfer that is complete; None if it was dropped meanwhile."""

@@ -8,7 +8,7 @@ deterministic. `Engine` admits a search only if its beams fit into the pool alon
 from engine.beam_search import Beam, BeamSearch
 from engine.block_tables import BlockTables
 from engine.choices import fan_out, select_blocks
-from engine.loader import ModelFacts
+from engine.facts import ModelFacts
 from engine.outputs import StepOutput
 from engine.request import FinishReason, Request, SamplingParams, TokenLogprob
 from engine.sampler import Sample

@@ -33,7 +33,7 @@ class Engine:
         self.config = config
         self.model = model
         self.facts = model.facts
-        self.kv_cache = KvCache(config, model.facts)
+        self.kv_cache = KvCache(config, model.facts, model.ranks)
         self.grammars = Grammars(
             model.path / "tokenizer.json",
             vocab_size=model.facts.vocab_size,

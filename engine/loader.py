@@ -1,5 +1,6 @@
 """From a checkpoint directory to a module that runs, and the facts that two workers must share."""
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -8,10 +9,15 @@ import torch
 from torch import Tensor
 
 from engine.config import EngineConfig
+from engine.facts import KvGroupSpec, ModelFacts
 from engine.models.config import LlamaConfig, canonical_json, read_config
+from engine.models.decoder import Decoder
 from engine.models.llama import Llama
-from engine.models.llama_weights import WeightSpec, is_ignored, weight_table
+from engine.models.llama_weights import SourceTensor, WeightSpec, is_ignored, weight_table
 from engine.models.rope import RopeTables, rope_tables
+from engine.parallel.ranks import ONE_RANK, Ranks
+from engine.parallel.shard import WHOLE, Shard, require_divisible
+from engine.parallel.slices import cut
 from engine.safetensors_dir import DTYPES, StoredTensor, TensorReader, content_hash, read_headers
 from runtime.errors import CheckpointError, StartupError
 
@@ -20,80 +26,68 @@ Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True, kw_only=True)
-class KvGroupSpec:
-    """Layers whose KV has one shape."""
-
-    name: str
-    num_layers: int
-    num_kv_heads: int
-    head_dim: int
-    dtype: str
-
-    @property
-    def bytes_per_token(self) -> int:
-        """Of keys and values in all layers."""
-        dtype: torch.dtype = getattr(torch, self.dtype)
-        return 2 * self.num_layers * self.num_kv_heads * self.head_dim * dtype.itemsize
-
-
-@dataclass(frozen=True, kw_only=True)
-class ModelFacts:
-    """What peers compare before KV moves between them, and what a gateway must know."""
-
-    model_hash: str
-    """Hex; see `engine.safetensors_dir.content_hash` for what it covers."""
-    vocab_size: int
-    max_model_len: int
-    eos_token_ids: tuple[int, ...]
-    dtype: str
-    rope: str
-    """Canonical JSON of everything that the rotary tables are made of."""
-    kv_groups: tuple[KvGroupSpec, ...]
-
-
-@dataclass(frozen=True, kw_only=True)
 class LoadedModel:
     """A module with its weights on the device, and its facts."""
 
-    module: Llama
+    module: Decoder
     facts: ModelFacts
     path: Path
     """Directory of the checkpoint."""
+    ranks: Ranks = ONE_RANK
+    """Who computes it; the draft is rank 0's alone."""
     draft: "LoadedModel | None" = None
     """The small model that speculates; its KV group is the last one of the facts."""
 
 
-def load_model(path: Path, config: EngineConfig, *, progress: Progress | None = None) -> LoadedModel:
+def load_model(
+    path: Path, config: EngineConfig, *, ranks: Ranks = ONE_RANK, progress: Progress | None = None
+) -> LoadedModel:
     """Load a checkpoint, and the draft that the config names; raises CheckpointError or StartupError."""
-    target = load_checkpoint(path, config, progress=progress)
-    if config.draft_model is None:
-        return target
-    draft = load_checkpoint(
+    shard, facts = load_checkpoint(path, config, shard=ranks.shard, progress=progress)
+    module = ranks.lead_model(shard, facts.vocab_size)
+    target = LoadedModel(module=module, facts=facts, path=path, ranks=ranks)
+    return target if config.draft_model is None else _with_draft(target, config, progress)
+
+
+def _with_draft(target: LoadedModel, config: EngineConfig, progress: Progress | None) -> LoadedModel:
+    assert config.draft_model is not None
+    module, facts = load_checkpoint(
         config.draft_model, replace(config, max_model_len=target.facts.max_model_len), progress=progress
     )
-    if draft.facts.vocab_size != target.facts.vocab_size:
+    if facts.vocab_size != target.facts.vocab_size:
         raise StartupError(
-            f"--speculative draft:{config.draft_model}: its vocabulary has {draft.facts.vocab_size} tokens, "
+            f"--speculative draft:{config.draft_model}: its vocabulary has {facts.vocab_size} tokens, "
             f"the model's {target.facts.vocab_size}"
         )
     # The name tells two drafts of one shape apart when workers compare their groups.
-    group = replace(draft.facts.kv_groups[0], name=f"draft-{draft.facts.model_hash[:16]}")
+    group = replace(facts.kv_groups[0], name=f"draft-{facts.model_hash[:16]}")
+    draft = LoadedModel(module=module, facts=facts, path=config.draft_model)
     return replace(
         target, draft=draft, facts=replace(target.facts, kv_groups=(*target.facts.kv_groups, group))
     )
 
 
-def load_checkpoint(path: Path, config: EngineConfig, *, progress: Progress | None = None) -> LoadedModel:
-    """Load a Hugging Face checkpoint of the Llama family; raises CheckpointError or StartupError."""
+def load_checkpoint(
+    path: Path, config: EngineConfig, *, shard: Shard = WHOLE, progress: Progress | None = None
+) -> tuple[Llama, ModelFacts]:
+    """Load one rank's shard of a Hugging Face checkpoint of the Llama family, and the whole's facts.
+
+    Of the weights it reads no more than this rank needs. Raises CheckpointError or StartupError.
+    """
     model_config, raw_config = read_config(path)
     max_model_len = _max_model_len(model_config, config)
     stored = _checked(read_headers(path), model_config)
     dtype = _dtype(config, stored["model.embed_tokens.weight"])
-    weights = _load_weights(weight_table(model_config), stored, dtype, config.device, progress)
-    module = Llama(model_config, weights, _rope_tables(model_config, max_model_len, config.device))
+    require_divisible(model_config, shard.size)
+    table = cut(weight_table(model_config), model_config, shard)
+    weights = _load_weights(table, stored, dtype, config.device, progress)
+    own = shard.config(model_config)
+    if model_config.tie_word_embeddings and not own.tie_word_embeddings:
+        rows = shard.of(model_config.vocab_size)
+        weights["lm_head"] = weights["embed"][rows.start : rows.stop]
+    module = Llama(own, weights, _rope_tables(model_config, max_model_len, config.device))
     model_hash = content_hash(canonical_json(raw_config), stored)
-    facts = _facts(model_config, model_hash, max_model_len, dtype)
-    return LoadedModel(module=module, facts=facts, path=path)
+    return module, _facts(model_config, model_hash, max_model_len, dtype)
 
 
 def _facts(config: LlamaConfig, model_hash: str, max_model_len: int, dtype: torch.dtype) -> ModelFacts:
@@ -182,15 +176,20 @@ def _load_weights(
 ) -> dict[str, Tensor]:
     reader = TensorReader()
     weights: dict[str, Tensor] = {}
-    total_bytes = sum(tensor.num_bytes for tensor in stored.values())
+    total_bytes = sum(_num_bytes(source, stored) for spec in table for source in spec.sources)
     loaded_bytes = 0
     for spec in table:
         weight = torch.empty(spec.shape, dtype=dtype, device=device)
-        parts = weight.split([source.shape[0] for source in spec.sources])
+        parts = weight.split([source.part_shape[0] for source in spec.sources])
         for source, part in zip(spec.sources, parts, strict=True):
-            part.copy_(reader.read(stored[source.name]))
-            loaded_bytes += stored[source.name].num_bytes
+            part.copy_(reader.read(stored[source.name], source.indices))
+            loaded_bytes += _num_bytes(source, stored)
         weights[spec.name] = weight
         if progress is not None:
             progress(loaded_bytes, total_bytes)
     return weights
+
+
+def _num_bytes(source: SourceTensor, stored: Mapping[str, StoredTensor]) -> int:
+    """Read of the source's tensor."""
+    return math.prod(source.part_shape) * DTYPES[stored[source.name].dtype].itemsize

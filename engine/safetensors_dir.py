@@ -130,12 +130,13 @@ class TensorReader:
     def __init__(self) -> None:
         self._open: dict[Path, Any] = {}
 
-    def read(self, tensor: StoredTensor) -> Tensor:
-        """The tensor on the CPU, in the type of the file."""
+    def read(self, tensor: StoredTensor, part: tuple[slice, ...] = ()) -> Tensor:
+        """The tensor on the CPU, in the type of the file; with `part`, those indices of it alone."""
         try:
             if tensor.file not in self._open:
                 self._open[tensor.file] = safe_open(tensor.file, framework="pt")
-            data: Tensor = self._open[tensor.file].get_tensor(tensor.name)
+            file = self._open[tensor.file]
+            data: Tensor = file.get_slice(tensor.name)[part] if part else file.get_tensor(tensor.name)
         except (SafetensorError, OSError) as error:
             raise CheckpointError(str(tensor.file), tensor.name, f"not readable ({error})") from error
         return data

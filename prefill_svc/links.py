@@ -20,7 +20,7 @@ import grpc
 import grpc.aio
 from torch import Tensor
 
-from kernels import ops
+from engine.parallel.errors import RankLost
 from kvtransfer import messages as m
 from kvtransfer.actions import (
     FrameToSend,
@@ -30,6 +30,7 @@ from kvtransfer.actions import (
     TransferFailed,
     TransferSent,
 )
+from kvtransfer.errors import TransportBroken
 from kvtransfer.handshake import require_usable
 from kvtransfer.plan import MAX_SLAB_BYTES, rectangles
 from kvtransfer.pump import NUM_SENDER_SLABS, SenderPump, make_slabs
@@ -268,8 +269,11 @@ class PrefillLink:
         piece = frame.rectangle
         table = export.block_tables[piece.group]
         block_ids = table[piece.first_block : piece.first_block + piece.num_blocks]
-        group = self._parts.engine.kv_cache.groups[piece.group]
-        return ops.gather_blocks(group, block_ids, piece.first_layer, piece.num_layers, slab)
+        pool = self._parts.engine.kv_cache.pool
+        try:
+            return pool.gather(piece.group, block_ids, piece.first_layer, piece.num_layers, slab)
+        except RankLost as error:
+            raise TransportBroken(str(error)) from error
 
     def _on_event(self, event: SenderEvent) -> None:
         export = self._exports.get(event.transfer_id)

@@ -20,3 +20,6 @@ COMMIT_TIMEOUT_S = 2.0
 
 DRAIN_TIMEOUT_S = 25.0
 """After SIGTERM, running requests have this long to finish."""
+
+RANK_TIMEOUT_S = 5.0
+"""A rank of a tensor-parallel worker that another one waits for longer is taken for hung."""

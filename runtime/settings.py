@@ -109,6 +109,10 @@ class WorkerSettings(EngineSettings):
     """Host that others reach this worker by; auto: the address towards the gateway; unset: --host."""
     worker_id: str | None = None
     """Stable name of this worker; unset: role and a random suffix."""
+    tensor_parallel_size: Count = 1
+    """Processes that compute the model together, each on a share of its heads."""
+    devices: str = ""
+    """GPUs of this worker, one for each of these processes, for example 0,1; empty: the CPU."""
     transport: Literal["auto", "gloo"] = "auto"
     """How KV slabs move; auto: the best that both ends have."""
     kv_interface_host: str | None = None
@@ -122,5 +126,13 @@ class UpSettings(GatewaySettings, EngineSettings):
     """Prefill workers; 0: co-located, decode workers prefill for themselves."""
     decode: Count = 1
     """Decode workers."""
+    prefill_tp: Count = 1
+    """Tensor parallel size of each prefill worker."""
+    decode_tp: Count = 1
+    """Tensor parallel size of each decode worker."""
+    prefill_devices: str = ""
+    """GPUs of the prefill workers, for example 0,1: --prefill-tp for each in turn; empty: the CPU."""
+    decode_devices: str = ""
+    """GPUs of the decode workers, for example 2,3: --decode-tp for each in turn; empty: the CPU."""
     transport: Literal["auto", "gloo"] = "auto"
     """How KV slabs move between workers."""

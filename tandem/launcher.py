@@ -87,25 +87,44 @@ def fleet_plan(
         ports["internal_host"] = settings.internal_host or inner
         return program("gateway") + to_argv(share(GatewaySettings, settings, **own, **ports))
 
-    def worker(role: str, worker_id: str) -> Callable[[Listening], list[str]]:
+    def worker(role: str, worker_id: str, ranks: Mapping[str, Any]) -> Callable[[Listening], list[str]]:
         def command(listening: Listening) -> list[str]:
-            place = {"gateway": listening.internal.split(","), "worker_id": worker_id, "host": inner}
+            place = {
+                "gateway": listening.internal.split(","), "worker_id": worker_id, "host": inner, **ranks
+            }  # fmt: skip
             return program(role) + to_argv(
                 share(WorkerSettings, settings, **own, **place, port=0, metrics_port=0)
             )
 
         return command
 
-    names = [("prefill", i) for i in range(settings.prefill)] + [
-        ("decode", i) for i in range(settings.decode)
-    ]
+    workers = {
+        f"{role}-{i}": worker(role, f"{role}-{i}", ranks)
+        for role in ("prefill", "decode")
+        for i, ranks in enumerate(ranks_of_pool(settings, role))
+    }
     env = child_env(environ, threads=settings.threads) | secrets_env(settings)
     return FleetPlan(
         gateway=gateway,
-        workers={f"{role}-{i}": worker(role, f"{role}-{i}") for role, i in names},
+        workers=workers,
         env=env,
         admin_key=settings.admin_key,
     )
+
+
+def ranks_of_pool(settings: UpSettings, role: str) -> list[dict[str, Any]]:
+    """Tensor parallel size and devices of each worker of a role; StartupError if there are not enough."""
+    count: int = getattr(settings, role)
+    size: int = getattr(settings, f"{role}_tp")
+    flag, devices = f"--{role}-devices", getattr(settings, f"{role}_devices")
+    names = [name.strip() for name in devices.split(",")] if devices else [""] * (count * size)
+    if len(names) != count * size:
+        raise StartupError(
+            f"{flag} {devices}: {count} {role} workers with --{role}-tp {size} need {count * size} devices, "
+            f"got {len(names)}"
+        )
+    shares = [names[i * size : (i + 1) * size] for i in range(count)]
+    return [{"tensor_parallel_size": size, "devices": ",".join(each) if devices else ""} for each in shares]
 
 
 def _same_ports(before: Listening) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from typing import Protocol
 
 from engine.engine import Engine, StepResult
+from engine.parallel.errors import RankLost
 from runtime.clock import Clock, SystemClock
 
 logger = logging.getLogger(__name__)
@@ -76,6 +77,8 @@ class EngineThread:
         try:
             while not self._stopping:
                 self._step()
+        except RankLost as error:
+            self._on_death(f"engine: {error}")
         except Exception as error:
             logger.exception("the engine died")
             self._on_death(f"engine: {type(error).__name__}")

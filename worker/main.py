@@ -22,6 +22,7 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from engine.config import EngineConfig
 from engine.engine import Engine
 from engine.loader import load_model
+from engine.parallel.start import start_ranks
 from kvtransfer.layout import KvFacts, KvGroup
 from protos.tandem.v1 import common_pb2, registry_pb2
 from runtime import admin_http, rpc
@@ -39,6 +40,7 @@ from runtime.version import PROTOCOL_MAJOR, VERSION
 from worker import address
 from worker.attach import AttachHub, AttemptHandler
 from worker.bridge import EngineBridge
+from worker.devices import device_names
 from worker.engine_thread import EngineThread, StepHandler
 from worker.grammar_intake import GrammarIntake
 from worker.membership import Membership
@@ -104,7 +106,9 @@ def _load_engine(settings: WorkerSettings) -> tuple[Engine, str]:
     torch.set_num_threads(settings.threads)
     path = resolve(settings.model, weights=True) if settings.model else bundled_model()
     speculative, draft_model = parse_speculative(settings.speculative, path)
+    names = device_names(settings.devices, settings.tensor_parallel_size)
     config = EngineConfig(
+        device=names[0],
         dtype=settings.dtype,
         max_model_len=settings.max_model_len,
         block_size=settings.block_size,
@@ -120,7 +124,8 @@ def _load_engine(settings: WorkerSettings) -> tuple[Engine, str]:
         num_draft_tokens=None if settings.num_draft_tokens == "auto" else settings.num_draft_tokens,
         draft_acceptance=settings.draft_acceptance,
     )
-    model = load_model(path, config, progress=_Progress(path))
+    ranks = start_ranks(path, config, names)
+    model = load_model(path, config, ranks=ranks, progress=_Progress(path))
     return Engine(config, model), file_hash(path / "tokenizer.json")
 
 
@@ -197,6 +202,7 @@ class Worker:
         credentials = call_metadata(self._settings.internal_secret)
         membership = Membership(self._info(http_port), self._settings.gateway, credentials)
         self._bridge.snapshot(self._engine)
+        self._engine.model.ranks.watch(self._on_engine_death)
         self._bridge.thread.start()
         await self._server.start()
         await self._set_health(services, health_pb2.HealthCheckResponse.SERVING)
@@ -238,6 +244,7 @@ class Worker:
     async def _stop(self) -> None:
         await self._server.stop(grace=0.5)
         await asyncio.to_thread(self._bridge.thread.stop, 5.0)
+        await asyncio.to_thread(self._engine.model.ranks.close)
         await asyncio.to_thread(self._tracer.close, FLUSH_TIMEOUT_S)
 
     def _info(self, http_port: int) -> registry_pb2.WorkerInfo:

@@ -24,7 +24,7 @@ class LlamaLayer:
         self._config = config
         self._attention_norm = weights[f"{prefix}.attention_norm"]
         self._mlp_norm = weights[f"{prefix}.mlp_norm"]
-        self._qkv, self._o, self._gate_up, self._down = (
+        self.qkv, self.o, self.gate_up, self.down = (
             linear(weights[f"{prefix}.{name}.weight"], weights.get(f"{prefix}.{name}.bias"))
             for name in ("qkv", "o", "gate_up", "down")
         )
@@ -51,16 +51,16 @@ class LlamaLayer:
             attention = final.attention
             q, residual = q.index_select(0, final.rows), residual.index_select(0, final.rows)
         attended = ops.paged_attention(q, kv_layer, attention, self._config.head_dim**-0.5)
-        x = self._o.apply(attended.view(len(q), -1))
+        x = self.o.apply(attended.view(len(q), -1))
         x = ops.add_rms_norm(x, residual, self._mlp_norm, eps)
-        return self._down.apply(ops.silu_mul(self._gate_up.apply(x))), residual
+        return self.down.apply(ops.silu_mul(self.gate_up.apply(x))), residual
 
     def _project(
         self, x: Tensor, positions: Tensor, rope: RopeTables, kv_layer: Tensor, slot_mapping: Tensor
     ) -> Tensor:
         """Queries [n, num_q_heads, head_dim]; keys and values go into their slots."""
         config = self._config
-        heads = self._qkv.apply(x).view(len(x), -1, config.head_dim)
+        heads = self.qkv.apply(x).view(len(x), -1, config.head_dim)
         ops.rope(heads[:, : -config.num_kv_heads], positions, rope.cos, rope.sin)
         q: Tensor
         q, k, v = heads.split((config.num_q_heads, config.num_kv_heads, config.num_kv_heads), dim=1)
@@ -76,8 +76,8 @@ class Llama:
         self._rope = rope
         self._embed = weights["embed"]
         self._norm = weights["norm"]
-        self._lm_head = linear(weights["embed" if config.tie_word_embeddings else "lm_head"])
-        self._layers = [LlamaLayer(config, weights, f"layers.{i}") for i in range(config.num_layers)]
+        self.lm_head = linear(weights["embed" if config.tie_word_embeddings else "lm_head"])
+        self.layers = [LlamaLayer(config, weights, f"layers.{i}") for i in range(config.num_layers)]
 
     def forward(
         self,
@@ -96,8 +96,8 @@ class Llama:
         """
         x = F.embedding(token_ids, self._embed)
         residual = torch.zeros_like(x)
-        finals = [*[None] * (len(self._layers) - 1), final]
-        for layer, kv_layer, only in zip(self._layers, kv_group, finals, strict=True):
+        finals = [*[None] * (len(self.layers) - 1), final]
+        for layer, kv_layer, only in zip(self.layers, kv_group, finals, strict=True):
             x, residual = layer.forward(
                 x, residual, positions, self._rope, kv_layer, slot_mapping, attention, only
             )
@@ -105,4 +105,4 @@ class Llama:
 
     def logits(self, hidden: Tensor) -> Tensor:
         """fp32 [n, vocab_size] of hidden states [n, h]."""
-        return self._lm_head.apply(hidden).float()
+        return self.lm_head.apply(hidden).float()

@@ -5,11 +5,20 @@ Fused projections are rows of one matrix: q, k and v; gate and up.
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from engine.models.config import LlamaConfig
 
 IGNORED_SUFFIXES = ("rotary_emb.inv_freq", "rotary_emb.cos_cached", "rotary_emb.sin_cached")
 """Tensors that some checkpoints carry and nobody needs: they follow from config.json."""
+
+
+class Part(NamedTuple):
+    """[start, stop) along one dimension of a tensor."""
+
+    dim: int
+    start: int
+    stop: int
 
 
 @dataclass(frozen=True)
@@ -18,6 +27,24 @@ class SourceTensor:
 
     name: str
     shape: tuple[int, ...]
+    part: Part | None = None
+    """What is read of it; None: everything."""
+
+    @property
+    def part_shape(self) -> tuple[int, ...]:
+        """Of what is read."""
+        if self.part is None:
+            return self.shape
+        dim, start, stop = self.part
+        return (*self.shape[:dim], stop - start, *self.shape[dim + 1 :])
+
+    @property
+    def indices(self) -> tuple[slice, ...]:
+        """The part as indices of the tensor; none: everything."""
+        if self.part is None:
+            return ()
+        dim, start, stop = self.part
+        return (*[slice(None)] * dim, slice(start, stop))
 
 
 @dataclass(frozen=True)
@@ -30,7 +57,13 @@ class WeightSpec:
     @property
     def shape(self) -> tuple[int, ...]:
         """Of the stacked weight."""
-        return (sum(source.shape[0] for source in self.sources), *self.sources[0].shape[1:])
+        shapes = [source.part_shape for source in self.sources]
+        return (sum(shape[0] for shape in shapes), *shapes[0][1:])
+
+    @property
+    def kind(self) -> str:
+        """Its name without layer number, "weight" and "bias": "qkv", "o", "norm", …"""
+        return self.name.removesuffix(".weight").removesuffix(".bias").rpartition(".")[2]
 
 
 def weight_table(config: LlamaConfig) -> list[WeightSpec]:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from engine.batch import Span, pack
 from engine.kv_cache import KvCache
-from engine.models.llama import Llama
+from engine.models.decoder import Decoder
 from engine.plan import Scheduled
 from engine.request import Request, RequestState
 from engine.sampler import choose
@@ -40,7 +40,7 @@ class DraftModel:
     max_draft_tokens = 8
     reads_hidden = False
 
-    def __init__(self, module: Llama, kv_cache: KvCache, *, by_rejection: bool, costs: CostTable) -> None:
+    def __init__(self, module: Decoder, kv_cache: KvCache, *, by_rejection: bool, costs: CostTable) -> None:
         self._module = module
         self._kv_group = kv_cache.groups[DRAFT_GROUP]
         self._block_size = kv_cache.tables.block_size

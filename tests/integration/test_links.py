@@ -14,6 +14,8 @@ import torch
 
 from decode_svc.links import DecodeLinks
 from decode_svc.receiving import Receiving
+from engine.facts import KvGroupSpec
+from engine.kv_pool import LocalKvPool
 from kvtransfer.layout import KvFacts, KvGroup
 from kvtransfer.messages import Commit, FirstToken
 from prefill_svc.export import Export
@@ -34,7 +36,6 @@ FACTS = KvFacts(
     groups=(KvGroup(name="target", num_layers=3, num_kv_heads=1, head_dim=2, dtype="float32"),),
 )
 NUM_BLOCKS = 16
-SHAPE = (3, 2, NUM_BLOCKS, 4, 1, 2)
 
 
 class FakeThread:
@@ -63,7 +64,15 @@ class FakeEngine:
 
     def __init__(self) -> None:
         tables = SimpleNamespace(num_blocks=NUM_BLOCKS)
-        self.kv_cache = SimpleNamespace(groups=[torch.randn(SHAPE)], tables=tables)
+        pool = LocalKvPool(
+            [KvGroupSpec(name="target", num_layers=3, num_kv_heads=1, head_dim=2, dtype="float32")],
+            num_blocks=NUM_BLOCKS,
+            block_size=4,
+            num_host_blocks=0,
+            device=torch.device("cpu"),
+        )
+        pool.groups[0].normal_()
+        self.kv_cache = SimpleNamespace(pool=pool, groups=pool.groups, tables=tables)
 
     def enter(self, request: Any) -> None:
         request.rank = 0

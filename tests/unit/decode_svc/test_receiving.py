@@ -17,10 +17,15 @@ class FakeEngine:
     """A pool of 8 blocks; a request holds as many as its `size`."""
 
     def __init__(self) -> None:
-        self.kv_cache = SimpleNamespace(groups=[torch.zeros(SHAPE)])
+        self.tensor = torch.zeros(SHAPE)
+        self.kv_cache = SimpleNamespace(pool=self)
         self.free = list(range(8))
         self.held: dict[str, object] = {}
         self.arrivals = 0
+
+    def scatter(self, group: int, *arguments: object) -> int:
+        assert group == 0
+        return ops.scatter_blocks(self.tensor, *arguments)
 
     def enter(self, request: SimpleNamespace) -> None:
         self.arrivals += 1
@@ -94,7 +99,7 @@ def test_a_frame_lands_in_its_blocks_and_nowhere_after_the_end(parts) -> None:
     receiving.want(engine, b"a", request("a", 3))
     receiving.reserve_waiting(engine)
     receiving.scatter(engine, b"a", Rectangle(0, 1, 2, 0, 2), slab)
-    pool = engine.kv_cache.groups[0]
+    pool = engine.tensor
     assert torch.equal(pool[:, :, 1:3], source[:, :, 5:7])
     assert not pool[:, :, 0].any()
     assert not pool[:, :, 3:].any()

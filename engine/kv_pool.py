@@ -1,0 +1,90 @@
+"""The tensors of a KV pool, and all copies of whole blocks: inside it, to the host and back, to slabs."""
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from engine.facts import KvGroupSpec
+from engine.host_kv import HostKv
+from kernels import ops
+
+
+class KvPool(Protocol):
+    """Blocks with all of their heads, wherever these lie. The engine's thread alone writes into it."""
+
+    groups: list[Tensor]
+    """Per KV group what this process holds: [num_layers, 2, num_blocks, block_size, heads, head_dim]."""
+
+    def copy(self, group: int, source_ids: Sequence[int], target_ids: Sequence[int]) -> None:
+        """Whole blocks to others of the same group; see kernels.ops.copy_blocks."""
+        ...
+
+    def store(self, block_tables: Sequence[Sequence[int]], slots: Sequence[int]) -> None:
+        """Blocks to host memory; see engine.swap_space.BlockMover."""
+        ...
+
+    def load(self, slots: Sequence[int], block_tables: Sequence[Sequence[int]]) -> None:
+        """Host memory to blocks."""
+        ...
+
+    def gather(
+        self, group: int, block_ids: Sequence[int], first_layer: int, num_layers: int, slab: Tensor
+    ) -> int:
+        """Blocks to the start of a slab, in bytes; see kernels.ops.gather_blocks. From any thread."""
+        ...
+
+    def scatter(
+        self, group: int, block_ids: Sequence[int], first_layer: int, num_layers: int, slab: Tensor
+    ) -> int:
+        """The payload of a `gather` to blocks."""
+        ...
+
+
+class LocalKvPool:
+    """A pool in the memory of this process."""
+
+    def __init__(
+        self,
+        specs: Sequence[KvGroupSpec],
+        *,
+        num_blocks: int,
+        block_size: int,
+        num_host_blocks: int,
+        device: torch.device,
+    ) -> None:
+        self.num_blocks = num_blocks
+        self.num_host_blocks = num_host_blocks
+        self.groups = [_allocate(spec, num_blocks, block_size, device) for spec in specs]
+        self._host = HostKv(self.groups, num_host_blocks)
+
+    def copy(self, group: int, source_ids: Sequence[int], target_ids: Sequence[int]) -> None:
+        """See KvPool."""
+        ops.copy_blocks(self.groups[group], source_ids, target_ids)
+
+    def store(self, block_tables: Sequence[Sequence[int]], slots: Sequence[int]) -> None:
+        """See KvPool."""
+        self._host.store(block_tables, slots)
+
+    def load(self, slots: Sequence[int], block_tables: Sequence[Sequence[int]]) -> None:
+        """See KvPool."""
+        self._host.load(slots, block_tables)
+
+    def gather(
+        self, group: int, block_ids: Sequence[int], first_layer: int, num_layers: int, slab: Tensor
+    ) -> int:
+        """See KvPool."""
+        return ops.gather_blocks(self.groups[group], block_ids, first_layer, num_layers, slab)
+
+    def scatter(
+        self, group: int, block_ids: Sequence[int], first_layer: int, num_layers: int, slab: Tensor
+    ) -> int:
+        """See KvPool."""
+        return ops.scatter_blocks(self.groups[group], block_ids, first_layer, num_layers, slab)
+
+
+def _allocate(spec: KvGroupSpec, num_blocks: int, block_size: int, device: torch.device) -> Tensor:
+    """Not filled: a CPU maps memory when it is touched, and slots are read only after they are written."""
+    shape = (spec.num_layers, 2, num_blocks, block_size, spec.num_kv_heads, spec.head_dim)
+    return torch.empty(shape, dtype=getattr(torch, spec.dtype), device=device)

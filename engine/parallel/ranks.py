@@ -1,0 +1,58 @@
+"""The ranks that compute one model together, as the engine on rank 0 sees them."""
+
+from collections.abc import Callable
+from typing import Protocol
+
+from engine.kv_pool import KvPool, LocalKvPool
+from engine.models.decoder import Decoder
+from engine.models.llama import Llama
+from engine.parallel.shard import Shard
+
+
+class Ranks(Protocol):
+    """Rank 0 decides and samples; what touches weights or KV is done by all ranks, in the same order."""
+
+    shard: Shard
+    """Of this process."""
+
+    def lead_model(self, module: Llama, vocab_size: int) -> Decoder:
+        """The whole model, of which `module` is this rank's shard."""
+        ...
+
+    def lead_pool(self, pool: LocalKvPool, num_kv_heads: int) -> KvPool:
+        """The pool with all heads, of which `pool` holds this rank's.
+
+        `num_kv_heads` are those of the first group; others are rank 0's alone.
+        """
+        ...
+
+    def watch(self, on_lost: Callable[[str], None]) -> None:
+        """Call `on_lost` with the reason, once and from any thread, when another rank ends or hangs."""
+        ...
+
+    def close(self) -> None:
+        """End the other ranks."""
+        ...
+
+
+class OneRank:
+    """The whole model in this process."""
+
+    shard = Shard()
+
+    def lead_model(self, module: Llama, vocab_size: int) -> Decoder:
+        """As it is."""
+        return module
+
+    def lead_pool(self, pool: LocalKvPool, num_kv_heads: int) -> KvPool:
+        """As it is."""
+        return pool
+
+    def watch(self, on_lost: Callable[[str], None]) -> None:
+        """There is nobody to lose."""
+
+    def close(self) -> None:
+        """There is nobody to end."""
+
+
+ONE_RANK = OneRank()

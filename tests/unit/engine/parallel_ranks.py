@@ -1,0 +1,80 @@
+"""Tensor-parallel ranks whose followers are threads of the test: all of the real code but the processes."""
+
+import socket
+import sys
+import threading
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+from engine.loader import load_model
+from engine.parallel.errors import RankLost
+from engine.parallel.follower import Follower, Start
+from engine.parallel.leader import Leader
+from engine.parallel.member import Member
+from engine.parallel.wire import Channel, Op, encode
+
+TIMEOUT_S = 5.0
+
+
+def _follow(follower, ends):
+    try:
+        follower.load()
+        follower.run()
+    except RankLost:
+        pass
+    for end in ends:
+        end.close()
+
+
+def follower_thread(rank, size, path, config, store):
+    """A follower on a thread of its own, as its leader knows it; and what to join."""
+    pairs = [socket.socketpair() for _ in range(2)]
+    (commands, reads), ends = zip(*pairs, strict=True)
+    follower = Follower(*(Channel(end, "rank 0", None) for end in ends))
+    threads = [
+        threading.Thread(target=_follow, args=(follower, ends)),
+        threading.Thread(target=follower.answer_reads),
+    ]
+    for thread in threads:
+        thread.start()
+    start = Start(
+        rank=rank,
+        size=size,
+        path=str(path),
+        store=str(store),
+        dtype=config.dtype,
+        device="cpu",
+        block_size=config.block_size,
+        max_model_len=config.max_model_len,
+    ).to_json()
+    member = Member(rank, *(Channel(end, f"rank {rank}", TIMEOUT_S) for end in (commands, reads)))
+    member.commands.send(encode(Op.START, num_payload_bytes=len(start)), start)
+    return member, threads
+
+
+@contextmanager
+def ranks_in_threads(path: Path, config, size: int, folder: Path):
+    """A Leader of `size` ranks."""
+    folder.mkdir()
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-4)  # ranks wait for each other all the time
+    made = [follower_thread(rank, size, path, config, folder / "store") for rank in range(1, size)]
+    leader = Leader([member for member, _ in made], folder / "store", torch.device("cpu"))
+    try:
+        yield leader
+    finally:
+        leader.close()
+        sys.setswitchinterval(interval)
+        for _, threads in made:
+            for thread in threads:
+                thread.join(TIMEOUT_S)
+                assert not thread.is_alive()
+
+
+@contextmanager
+def parallel_model(path: Path, config, size: int, folder: Path):
+    """A checkpoint, loaded by so many ranks."""
+    with ranks_in_threads(path, config, size, folder) as ranks:
+        yield load_model(path, config, ranks=ranks)

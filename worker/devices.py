@@ -1,0 +1,27 @@
+"""Which devices the ranks of a worker use."""
+
+import torch
+
+from runtime.errors import StartupError
+
+CPU = "cpu"
+
+
+def device_names(devices: str, size: int) -> list[str]:
+    """torch's names of one device per rank, from `--devices` and `--tensor-parallel-size`.
+
+    Raises StartupError unless the numbers agree and this machine has every GPU that is named.
+    """
+    if not devices.strip():
+        return [CPU] * size
+    numbers = [number.strip() for number in devices.split(",")]
+    wrong = [number for number in numbers if not number.isdecimal()]
+    if wrong:
+        raise StartupError(f"--devices {devices}: {wrong[0]!r} is not the number of a GPU")
+    if len(set(numbers)) != size or len(numbers) != size:
+        raise StartupError(f"--devices {devices}: --tensor-parallel-size {size} needs {size} different GPUs")
+    num_gpus = torch.cuda.device_count()
+    missing = [number for number in numbers if int(number) >= num_gpus]
+    if missing:
+        raise StartupError(f"--devices {devices}: there is no GPU {missing[0]} here, torch sees {num_gpus}")
+    return [f"cuda:{int(number)}" for number in numbers]
