@@ -158,6 +158,21 @@ class Flow:
                     async for delta in deltas:
                         yield delta
 
+    @contextmanager
+    def reading(self, origin: Origin) -> Iterator[None]:
+        """Around reading what a client sent: a refusal is counted and traced like any other."""
+        try:
+            yield
+        except TandemError as error:
+            self._refused(origin, error)
+            raise
+
+    def _refused(self, origin: Origin, error: BaseException | None) -> None:
+        now_s = self._clock.now()
+        trace = self._telemetry.start(origin, arrived_s=now_s, request_id="", model=self.model.name)
+        self._telemetry.end(trace, now_s, error)
+        self._metrics.ended(error)
+
     def abort(self, request_ids: Iterable[str]) -> list[str]:
         """End live requests; returns those of the ids that were live."""
         found = [
@@ -196,10 +211,12 @@ class Flow:
             error = raised
             raise
         finally:
-            if live is not None:
+            if live is None:
+                self._refused(asked.origin, error)
+            else:
                 error = error or live.stopped
                 self._leave(live, error)
-            self._metrics.ended(error)
+                self._metrics.ended(error)
 
     def _enter(self, request_id: str, origin: Origin) -> Live:
         if self.draining:

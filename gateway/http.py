@@ -54,13 +54,15 @@ class HttpFace:
 
     async def completions(self, request: Request) -> Response:
         """POST /v1/completions."""
-        body = await read_json(request, self._max_body_bytes)
-        return await self._generate(request, openai.parse_completion(body))
+        with self._flow.reading(_origin(request, "text_completion")):
+            asked = openai.parse_completion(await read_json(request, self._max_body_bytes))
+        return await self._generate(request, asked)
 
     async def chat_completions(self, request: Request) -> Response:
         """POST /v1/chat/completions."""
-        body = await read_json(request, self._max_body_bytes)
-        return await self._generate(request, openai.parse_chat(body))
+        with self._flow.reading(_origin(request, "chat")):
+            asked = openai.parse_chat(await read_json(request, self._max_body_bytes))
+        return await self._generate(request, asked)
 
     async def models(self, _: Request) -> Response:
         """GET /v1/models: the one served model."""
@@ -130,13 +132,17 @@ def _generation(request: Request, asked: openai.ApiRequest, request_id: str) -> 
         default_max_tokens=asked.default_max_tokens,
         names=asked.names,
         cache_salt=asked.cache_salt,
-        origin=Origin(
-            operation="chat" if asked.kind == "chat" else "text_completion",
-            method=request.scope["path"],
-            is_http=True,
-            stream=asked.stream,
-            traceparent=request.headers.get("traceparent", "")[:256],
-        ),
+        origin=_origin(request, "chat" if asked.kind == "chat" else "text_completion", stream=asked.stream),
+    )
+
+
+def _origin(request: Request, operation: str, *, stream: bool = False) -> Origin:
+    return Origin(
+        operation=operation,
+        method=request.scope["path"],
+        is_http=True,
+        stream=stream,
+        traceparent=request.headers.get("traceparent", "")[:256],
     )
 
 

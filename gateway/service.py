@@ -37,7 +37,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
     ) -> AsyncIterator[inference_pb2.GenerateResponse]:
         """Deltas; the last one of a choice carries its finish reason, the last one of all usage."""
         async with rpc.translated(context):
-            asked = _generation(request, context, stream=True)
+            asked = self._asked(request, context, stream=True)
             async with aclosing(self._flow.stream(asked)) as deltas:
                 async for delta in deltas:
                     yield _response(asked.request_id, delta)
@@ -47,7 +47,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
     ) -> inference_pb2.CompleteResponse:
         """All choices, each whole, at once."""
         async with rpc.translated(context):
-            asked = _generation(request, context, stream=False)
+            asked = self._asked(request, context, stream=False)
             async with aclosing(self._flow.stream(asked)) as deltas:
                 wholes = join([delta async for delta in deltas])
         return inference_pb2.CompleteResponse(
@@ -57,6 +57,25 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
             usage=wholes[-1].usage,
             prompt_logprobs=wholes[0].prompt_logprobs,
         )
+
+    def _asked(
+        self,
+        request: inference_pb2.GenerateRequest | inference_pb2.CompleteRequest,
+        context: Context,
+        *,
+        stream: bool,
+    ) -> Generation:
+        metadata = {
+            key: value for key, value in context.invocation_metadata() or () if isinstance(value, str)
+        }
+        origin = Origin(
+            operation="chat" if request.WhichOneof("prompt") == "messages" else "text_completion",
+            method=f"{SERVICE}/{'Generate' if stream else 'Complete'}",
+            stream=stream,
+            traceparent=metadata.get("traceparent", "")[:256],
+        )
+        with self._flow.reading(origin):
+            return _generation(request, context.time_remaining(), metadata.get("x-request-id", ""), origin)
 
     async def Tokenize(
         self, request: inference_pb2.TokenizeRequest, context: Context
@@ -121,24 +140,20 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
 
 
 def _generation(
-    request: inference_pb2.GenerateRequest | inference_pb2.CompleteRequest, context: Context, *, stream: bool
+    request: inference_pb2.GenerateRequest | inference_pb2.CompleteRequest,
+    remaining_s: float | None,
+    request_id: str,
+    origin: Origin,
 ) -> Generation:
-    metadata = {key: value for key, value in context.invocation_metadata() or () if isinstance(value, str)}
-    remaining_s = context.time_remaining()
     return Generation(
-        request_id=_request_id(request.request_id or metadata.get("x-request-id", "")),
+        request_id=_request_id(request.request_id or request_id),
         prompt=_prompt(request),
         sampling=request.sampling,
         timeout_s=float("inf") if remaining_s is None else remaining_s,
         model=request.model,
         priority=request.priority,
         cache_salt=request.cache_salt,
-        origin=Origin(
-            operation="chat" if request.WhichOneof("prompt") == "messages" else "text_completion",
-            method=f"{SERVICE}/{'Generate' if stream else 'Complete'}",
-            stream=stream,
-            traceparent=metadata.get("traceparent", "")[:256],
-        ),
+        origin=origin,
     )
 
 

@@ -9,7 +9,7 @@ import pytest
 
 from tests.e2e.harness import Up, eventually
 from tests.e2e.test_faults import all_ready, busy, kill
-from tests.fakes.otlp import Collector, Span, collector
+from tests.fakes.otlp import Collector, Span, collector, tree
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(180)]
 
@@ -74,6 +74,7 @@ def test_the_tree_of_an_undisturbed_request(traced: tuple[Up, Collector]) -> Non
     trace_id = secrets.token_hex(16)
     traced_stream(up, trace_id, prompt="Once upon a time", max_tokens=16, **GREEDY)
     spans = complete_trace(made, trace_id, REQUEST, *PARTS)
+    print(f"\n{tree(spans)}")
     by_id = {span.span_id: span for span in spans}
     root = next(span for span in spans if span.name == REQUEST)
     assert root.parent_id == "00000000000000aa"
@@ -132,6 +133,7 @@ def test_a_killed_decode_worker_leaves_one_trace_of_two_attempts(traced: tuple[U
     kill_it = lambda: kill(up, "decode", busy(up, "decode"))  # noqa: E731
     traced_stream(up, trace_id, 20, kill_it, prompt="Once upon a time", max_tokens=120, **GREEDY)
     spans = complete_trace(made, trace_id, REQUEST, "decode.request", *["prefill.request"] * 2)
+    print(f"\n{tree(spans)}")
     root = next(span for span in spans if span.name == REQUEST)
     assert root.event_attributes["migration"]["tandem.worker.role"] == "decode"
     assert root.event_attributes["migration"]["tandem.worker.lost"] is True
@@ -146,6 +148,28 @@ def test_a_killed_decode_worker_leaves_one_trace_of_two_attempts(traced: tuple[U
     assert len(decode.links) == 1
     assert {span.parent_id for span in [*prefills, decode, *routes]} == {root.span_id}
     eventually(lambda: all_ready(up), 60, "all workers again")
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "code"),
+    [
+        ("/v1/completions", b"{", 400),
+        ("/v1/completions", b'{"prompt": "x", "max_tokens": "many"}', 400),
+        ("/v1/chat/completions", b'{"messages": [], "model": ""}', 400),
+        ("/v1/completions", b'{"prompt": "x", "model": "nobody"}', 404),
+    ],
+)
+def test_a_refused_request_has_a_trace(
+    traced: tuple[Up, Collector], path: str, body: bytes, code: int
+) -> None:
+    up, made = traced
+    trace_id = secrets.token_hex(16)
+    header = {"traceparent": f"00-{trace_id}-00000000000000aa-01"}
+    assert up.client.post(path, content=body, headers=header).status_code == code
+    (root,) = complete_trace(made, trace_id, REQUEST)
+    assert root.attributes["http.response.status_code"] == code
+    assert root.attributes["error.type"] in ("INVALID_ARGUMENT", "NOT_FOUND"), root.attributes
+    assert root.attributes["http.route"] == path
 
 
 def test_histograms_lead_to_traces(traced: tuple[Up, Collector]) -> None:

@@ -50,6 +50,28 @@ class Collector:
             self.histograms += list(_histograms(ExportMetricsServiceRequest.FromString(body)))
 
 
+def tree(spans: list[Span]) -> str:
+    """The spans of a trace as lines: milliseconds from its first one's start, and what happened."""
+    root = min(spans, key=lambda span: span.start_s)
+    lines: list[str] = []
+
+    def show(span: Span, depth: int) -> None:
+        start_ms, end_ms = ((at - root.start_s) * 1e3 for at in (span.start_s, span.end_s))
+        name = "  " * depth + span.name
+        links = f"  linked to {span.links[0][:4]}" if span.links else ""
+        lines.append(
+            f"{start_ms:8.2f} {end_ms:8.2f} ms  {name:28} {span.service:15} {span.span_id[:4]}{links}"
+        )
+        for event, at in sorted(span.events.items(), key=lambda item: item[1]):
+            lines.append(f"{(at - root.start_s) * 1e3:8.2f} {'':8} ms  {'  ' * depth}  · {event}")
+        for child in sorted(spans, key=lambda each: each.start_s):
+            if child.parent_id == span.span_id:
+                show(child, depth + 1)
+
+    show(root, 0)
+    return "\n".join(lines)
+
+
 @contextmanager
 def collector() -> Iterator[Collector]:
     """A collector on a free port."""
