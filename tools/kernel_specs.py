@@ -10,8 +10,15 @@ import torch
 from torch import Tensor
 
 from kernels.paged_batch import AttentionKind, PagedBatch
+from kernels.rope_store import HeadNorms
+from kernels.triton_blocks import copy_blocks_launch
 from kernels.triton_decode_attention import decode_launches, default_tiling
 from kernels.triton_launch import Launch
+from kernels.triton_layers import rms_norm_launch, silu_mul_launch
+from kernels.triton_rope import rope_store_launch
+from kernels.triton_sampling import draw_launches
+from kernels.triton_verification import count_accepted_launch, rejection_launches
+from kernels.truncation import Truncation
 
 ARCHITECTURES = (80, 90, 100)
 """A100, H100 and H200, B200."""
@@ -34,6 +41,9 @@ class KernelSpec:
 def specs() -> Iterable[KernelSpec]:
     """All of them; names are distinct."""
     yield from decode_attention_specs()
+    yield from layer_specs()
+    yield from block_specs()
+    yield from sampling_specs()
 
 
 def decode_attention_specs() -> Iterable[KernelSpec]:
@@ -95,6 +105,76 @@ def _attention(
         max_context_len=8192,
     )
     return qkv[:, :num_q_heads], kv_layer, batch
+
+
+def layer_specs() -> Iterable[KernelSpec]:
+    """Norms, SwiGLU, and rotary embedding with the write of keys and values."""
+    bf16, fp32 = torch.bfloat16, torch.float32
+    for name, hidden, dtype in (
+        ("llama8b.bf16", 4096, bf16),
+        ("llama8b.fp32", 4096, fp32),
+        ("qwen2_0.5b.bf16", 896, bf16),
+        ("llama405b.bf16", 16384, bf16),
+    ):
+        x, weight = _meta(32, hidden, dtype=dtype), _meta(hidden, dtype=dtype)
+        for kind, residual in (("rms_norm", None), ("add_rms_norm", x)):
+            launch = rms_norm_launch(x, residual, weight, 1e-5, torch.empty_like(x))
+            yield KernelSpec(name=f"layers.{kind}.{name}", launch=launch)
+    gate_up = _meta(32, 2 * 14336, dtype=bf16)
+    launch = silu_mul_launch(gate_up, gate_up.new_empty(32, 14336))
+    yield KernelSpec(name="layers.silu_mul.llama8b.bf16", launch=launch)
+    head_norms = HeadNorms(_meta(128, dtype=bf16), _meta(128, dtype=bf16), 1e-6)
+    yield _rope_store("llama8b.bf16", (32, 8, 128), None)
+    yield _rope_store("phi2.bf16", (32, 32, 80), None)
+    yield _rope_store("qwen3_8b.bf16", (32, 8, 128), head_norms)
+
+
+def _rope_store(name: str, heads: tuple[int, int, int], norms: HeadNorms | None) -> KernelSpec:
+    num_q_heads, num_kv_heads, head_dim = heads
+    table = _meta(8192, head_dim // 2, dtype=torch.float32)
+    launch = rope_store_launch(
+        _meta(32, num_q_heads + 2 * num_kv_heads, head_dim, dtype=torch.bfloat16),
+        _meta(32, dtype=torch.int64),
+        table,
+        table,
+        _meta(2, 4096, 16, num_kv_heads, head_dim, dtype=torch.bfloat16),
+        _meta(32, dtype=torch.int64),
+        norms,
+    )
+    return KernelSpec(name=f"layers.rope_store.{name}", launch=launch)
+
+
+def block_specs() -> Iterable[KernelSpec]:
+    """Copies between pool and slab."""
+    group = _meta(32, 2, 4096, 16, 8, 128, dtype=torch.bfloat16)
+    slab, block_ids = _meta(32 << 20, dtype=torch.uint8), range(128)
+    for summed in (False, True):
+        for to_slab in (True, False):
+            launch, _ = copy_blocks_launch(group, block_ids, 4, 4, slab, to_slab=to_slab, summed=summed)
+            kind = ("gather" if to_slab else "scatter") + ("_summed" if summed else "")
+            yield KernelSpec(name=f"blocks.{kind}.llama8b.bf16", launch=launch)
+
+
+def sampling_specs() -> Iterable[KernelSpec]:
+    """Draws and verification with the vocabularies of Llama 3 and of GPT-2."""
+    keys = [_meta(32, dtype=torch.int64)] * 3
+    fp32, int32 = torch.float32, torch.int32
+    truncation = Truncation(*(_meta(32, dtype=dtype) for dtype in (fp32, int32, fp32, fp32)))
+    draft_ids = _meta(32, 5, dtype=torch.int64)
+    for name, vocab_size in (("llama3", 128_256), ("gpt2", 50_257)):
+        logits, drafts = (_meta(num_rows, vocab_size, dtype=fp32) for num_rows in (32 * 6, 32 * 5))
+        yield from _chain(f"sample.{name}", draw_launches(logits[:32], None, *keys)[0])
+        yield from _chain(f"draw.{name}", draw_launches(logits[:32], truncation, *keys)[0])
+        yield from _chain(f"verify.{name}", rejection_launches(logits, drafts, draft_ids, *keys)[0])
+    launch = count_accepted_launch(draft_ids, _meta(32, 6, dtype=torch.int64), keys[0])
+    yield KernelSpec(name="sampling.count_accepted", launch=launch)
+
+
+def _chain(name: str, launches: Iterable[Launch]) -> Iterable[KernelSpec]:
+    by_kernel = {launch.kernel.__name__.removesuffix("_kernel"): launch for launch in launches}
+    return [
+        KernelSpec(name=f"sampling.{kernel}.{name}", launch=launch) for kernel, launch in by_kernel.items()
+    ]
 
 
 def _meta(*shape: int, dtype: torch.dtype) -> Tensor:

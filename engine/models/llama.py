@@ -59,13 +59,9 @@ class LlamaLayer:
         self, x: Tensor, positions: Tensor, rope: RopeTables, kv_layer: Tensor, slot_mapping: Tensor
     ) -> Tensor:
         """Queries [n, num_q_heads, head_dim]; keys and values go into their slots."""
-        config = self._config
-        heads = self.qkv.apply(x).view(len(x), -1, config.head_dim)
-        ops.rope(heads[:, : -config.num_kv_heads], positions, rope.cos, rope.sin)
-        q: Tensor
-        q, k, v = heads.split((config.num_q_heads, config.num_kv_heads, config.num_kv_heads), dim=1)
-        ops.store_kv(k, v, kv_layer, slot_mapping)
-        return q
+        heads = self.qkv.apply(x).view(len(x), -1, self._config.head_dim)
+        ops.rope_store_kv(heads, positions, rope.cos, rope.sin, kv_layer, slot_mapping)
+        return heads[:, : self._config.num_q_heads]
 
 
 class Llama:

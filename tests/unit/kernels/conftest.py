@@ -12,3 +12,19 @@ def device(request):
     if request.param == "cpu" and torch.cuda.is_available():
         pytest.skip("compiled on this machine: run with -m gpu")
     return torch.device(request.param)
+
+
+@pytest.fixture
+def poisoned_memory(monkeypatch):
+    """Memory that nobody wrote reads as NaN, or as the largest integer."""
+    for owner, name in ((torch, "empty"), (torch, "empty_like"), (torch.Tensor, "new_empty")):
+        monkeypatch.setattr(owner, name, _poisoned(getattr(owner, name)))
+
+
+def _poisoned(make):
+    def made(*args, **kwargs):
+        memory = make(*args, **kwargs)
+        floats = memory.is_floating_point()
+        return memory.fill_(torch.nan if floats else torch.iinfo(memory.dtype).max)
+
+    return made
