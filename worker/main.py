@@ -125,8 +125,12 @@ def _load_engine(settings: WorkerSettings) -> tuple[Engine, str]:
         draft_acceptance=settings.draft_acceptance,
     )
     ranks = start_ranks(path, config, names)
-    model = load_model(path, config, ranks=ranks, progress=_Progress(path))
-    return Engine(config, model), file_hash(path / "tokenizer.json")
+    try:
+        engine = Engine(config, load_model(path, config, ranks=ranks, progress=_Progress(path)))
+    except BaseException:
+        ranks.close()
+        raise
+    return engine, file_hash(path / "tokenizer.json")
 
 
 class _Progress:

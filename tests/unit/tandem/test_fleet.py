@@ -41,6 +41,24 @@ def test_every_flag_reaches_the_processes_that_know_it():
     assert found.workers["decode-1"](WHERE)[0] == "decode"
 
 
+def test_every_worker_gets_its_ranks_and_their_devices():
+    found = plan("--prefill-tp=2", "--decode=2", "--prefill-devices=0, 1", "--decode-devices=2,3")
+    ranks = {name: parsed(command(WHERE)) for name, command in found.workers.items()}
+    assert {name: (each.tensor_parallel_size, each.devices) for name, each in ranks.items()} == {
+        "prefill-0": (2, "0,1"),
+        "decode-0": (1, "2"),
+        "decode-1": (1, "3"),
+    }
+    on_cpu = plan("--prefill=0", "--decode-tp=4").workers["decode-0"](WHERE)
+    assert (parsed(on_cpu).tensor_parallel_size, parsed(on_cpu).devices) == (4, "")
+
+
+def test_too_few_devices_are_refused():
+    message = "--decode-devices 0,1,2: 2 decode workers with --decode-tp 2 need 4 devices, got 3"
+    with pytest.raises(StartupError, match=message):
+        plan("--decode=2", "--decode-tp=2", "--decode-devices=0,1,2")
+
+
 @pytest.mark.parametrize(
     ("host", "inner"), [("0.0.0.0", "127.0.0.1"), ("10.1.1.1", "127.0.0.1"), ("::1", "::1")]
 )
