@@ -36,7 +36,7 @@ from runtime.admin_http import HttpServer, admin_routes, bind
 from runtime.checkpoint_dir import resolve
 from runtime.clock import SystemClock
 from runtime.http_access import Guard
-from runtime.lifecycle import Shutdown, watch_lag
+from runtime.lifecycle import Shutdown, settle, watch_lag
 from runtime.limits import DRAIN_TIMEOUT_S
 from runtime.rpc_access import INTERNAL_REFUSAL, PUBLIC_REFUSAL, KeyGuard
 from runtime.settings import GatewaySettings
@@ -209,6 +209,7 @@ async def serve(settings: GatewaySettings, shutdown: Shutdown) -> None:
     )
     gateway = Gateway(settings, model)
     gateway.bind()
+    settle()
     async with gateway.serving():
         print(gateway.listening_line(), flush=True)  # noqa: T201 - the launcher reads it
         logger.info("serving %s from %s", model.name, model.root)

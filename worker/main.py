@@ -31,7 +31,7 @@ from runtime.checkpoint_dir import bundled_model, file_hash, resolve
 from runtime.clock import SystemClock
 from runtime.config import parse_bytes
 from runtime.errors import Unavailable
-from runtime.lifecycle import Shutdown, watch_lag
+from runtime.lifecycle import Shutdown, settle, watch_lag
 from runtime.limits import DRAIN_TIMEOUT_S
 from runtime.otlp import FLUSH_TIMEOUT_S, open_tracer
 from runtime.rpc_access import INTERNAL_REFUSAL, KeyGuard
@@ -99,6 +99,7 @@ async def serve(
     settings = await asyncio.to_thread(address.placed, settings)
     engine, tokenizer_hash = await asyncio.to_thread(_load_engine, settings)
     worker = Worker(kind, factory, settings, engine, tokenizer_hash, shutdown)
+    settle()
     await worker.serve()
 
 
