@@ -15,6 +15,18 @@ def device(request):
 
 
 @pytest.fixture
+def far_apart(tmp_path, device):
+    """(number of elements, type) -> zeros, more than 2**31 of them; on a CPU only pages in use are real."""
+
+    def make(num_elements, dtype):
+        if device.type == "cuda":
+            return torch.zeros(num_elements, dtype=dtype, device=device)
+        return torch.from_file(str(tmp_path / "sparse"), shared=True, size=num_elements, dtype=dtype)
+
+    return make
+
+
+@pytest.fixture
 def poisoned_memory(monkeypatch):
     """Memory that nobody wrote reads as NaN, or as the largest integer."""
     for owner, name in ((torch, "empty"), (torch, "empty_like"), (torch.Tensor, "new_empty")):

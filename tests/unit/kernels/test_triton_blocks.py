@@ -67,6 +67,21 @@ def test_block_ids_may_lie_on_the_device_and_slabs_inside_others(group):
     assert (slabs[:64] == 7).all()
 
 
+def test_blocks_lie_at_64_bit_addresses(device, far_apart):
+    num_blocks = 2**31 // 128 + 2
+    pool = far_apart((num_blocks + 1) * 128, torch.int64).view(-1, 128)
+    # The sides overlap but for a block, to save memory on a GPU.
+    group = pool.as_strided((1, 2, num_blocks, 8, 2, 8), (1 << 40, 128, 128, 16, 8, 1))
+    pool[-2:] = torch.arange(256, device=device).view(2, 128)
+    slab = slab_of_sevens(group)
+    num_bytes = triton_blocks.gather_blocks(group, [num_blocks - 1], 0, 1, slab)
+    assert slab[:num_bytes].view(torch.int64).tolist() == list(range(256))
+    pool[-2:] = 0
+    triton_blocks.scatter_blocks(group, [num_blocks - 1], 0, 1, slab)
+    assert pool[-2:].view(-1).tolist() == list(range(256))
+    assert not pool[:1000].any()
+
+
 def test_the_reference_sums_what_it_copies():
     group, slab = torch.randn(2, 2, 4, 2, 1, 8), torch.empty(1 << 12, dtype=torch.uint8)
     num_bytes, total = summed_copies.gather_blocks_summed(group, [1, 2], 0, 2, slab)

@@ -120,6 +120,19 @@ def test_rope_and_store(device, heads, dtype, normed):
     assert_as_exact_as_torch(*(result[1][written] for result in (ours, plain, exact)))
 
 
+def test_slots_lie_at_64_bit_addresses(device, far_apart):
+    packed, positions, cos, sin, _, _ = batch(device, (2, 1, 64), torch.float16)
+    num_blocks = 2**31 // 64 + 2
+    pool = far_apart((num_blocks + 1) * 64, torch.float16).view(-1, 1, 1, 64)
+    # The sides overlap but for a block, to save memory on a GPU.
+    kv_layer = pool.as_strided((2, num_blocks, 1, 1, 64), (64, 64, 64, 64, 1))
+    slots = torch.tensor([num_blocks - 1], device=device)
+    triton_rope.rope_store_kv(packed, positions, cos, sin, kv_layer, slots)
+    assert torch.equal(pool[-1, 0, 0], packed[0, 3])
+    assert pool[-2].count_nonzero() > 0
+    assert not pool[:1000].any()
+
+
 def test_negative_slots_are_no_slots(device):
     *arguments, kv_layer, _ = batch(device, HEADS[0], torch.float32)
     arguments[0][1:3] = torch.nan
