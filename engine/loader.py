@@ -70,7 +70,7 @@ def _with_draft(target: LoadedModel, config: EngineConfig, progress: Progress | 
 def load_checkpoint(
     path: Path, config: EngineConfig, *, shard: Shard = WHOLE, progress: Progress | None = None
 ) -> tuple[Llama, ModelFacts]:
-    """Load one rank's shard of a Hugging Face checkpoint of the Llama family, and the whole's facts.
+    """Load one rank's shard of a Hugging Face checkpoint, and the whole's facts.
 
     Of the weights it reads no more than this rank needs. Raises CheckpointError or StartupError.
     """

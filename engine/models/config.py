@@ -10,8 +10,27 @@ from engine.models.json_reader import JsonReader
 from engine.models.rope import RopeParams, parse_rope
 from runtime.errors import CheckpointError
 
-ARCHITECTURES: Mapping[str, str] = {"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM"}
-"""model_type -> architecture. Mistral without a sliding window is Llama with an explicit head_dim."""
+
+@dataclass(frozen=True, kw_only=True)
+class Family:
+    """What a model_type means where config.json is silent."""
+
+    architecture: str
+    qkv_bias: bool = False
+    """The query, key and value projections always have a bias, the output projection never has."""
+    qk_norm: bool = False
+    """Each query and key head is normalised before its rotation."""
+    head_dim: int | None = None
+    """Where config.json has none; None: hidden_size / num_attention_heads."""
+
+
+FAMILIES: Mapping[str, Family] = {
+    "llama": Family(architecture="LlamaForCausalLM"),
+    "mistral": Family(architecture="MistralForCausalLM"),
+    "qwen2": Family(architecture="Qwen2ForCausalLM", qkv_bias=True),
+    "qwen3": Family(architecture="Qwen3ForCausalLM", qk_norm=True, head_dim=128),
+}
+"""By model_type. Mistral without a sliding window is Llama with an explicit head_dim."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,7 +47,11 @@ class LlamaConfig:
     rms_norm_eps: float
     max_position_embeddings: int
     tie_word_embeddings: bool
-    attention_bias: bool
+    qkv_bias: bool
+    output_bias: bool
+    """Of attention's output projection."""
+    qk_norm: bool
+    """Each query and key head has an RMS norm before its rotation."""
     mlp_bias: bool
     rope: RopeParams
     eos_token_ids: tuple[int, ...]
@@ -56,13 +79,17 @@ def canonical_json(value: Any) -> str:
 
 def _check_supported(reader: JsonReader) -> None:
     model_type = reader.text("model_type")
-    if model_type not in ARCHITECTURES:
-        raise reader.error("model_type", f"expected one of {sorted(ARCHITECTURES)}, got {model_type!r}")
-    architectures = reader.values.get("architectures") or [ARCHITECTURES[model_type]]
-    if architectures != [ARCHITECTURES[model_type]]:
-        expected = f"expected [{ARCHITECTURES[model_type]!r}], got {architectures!r}"
-        raise reader.error("architectures", expected)
-    for key in ("quantization_config", "sliding_window", "partial_rotary_factor"):
+    if model_type not in FAMILIES:
+        raise reader.error("model_type", f"expected one of {sorted(FAMILIES)}, got {model_type!r}")
+    expected = [FAMILIES[model_type].architecture]
+    architectures = reader.values.get("architectures") or expected
+    if architectures != expected:
+        raise reader.error("architectures", f"expected {expected!r}, got {architectures!r}")
+    unsupported = ["quantization_config", "partial_rotary_factor"]
+    # Qwen's configurations name a window that is not in use.
+    if reader.flag("use_sliding_window", True):
+        unsupported.append("sliding_window")
+    for key in unsupported:
         if reader.values.get(key) not in (None, 1.0):
             raise reader.error(key, f"not supported, expected none, got {reader.values[key]!r}")
     activation = reader.values.get("hidden_act", "silu")
@@ -71,15 +98,17 @@ def _check_supported(reader: JsonReader) -> None:
 
 
 def _parse(reader: JsonReader, eos_token_ids: tuple[int, ...]) -> LlamaConfig:
+    family = FAMILIES[reader.text("model_type")]
     hidden_size = reader.size("hidden_size")
     num_q_heads = reader.size("num_attention_heads")
     num_kv_heads = reader.size("num_key_value_heads", num_q_heads)
-    head_dim = reader.size("head_dim", hidden_size // num_q_heads)
+    head_dim = reader.size("head_dim", family.head_dim or hidden_size // num_q_heads)
     if num_q_heads % num_kv_heads:
         raise reader.error("num_key_value_heads", f"expected a divisor of {num_q_heads}, got {num_kv_heads}")
     if head_dim % 2 or head_dim == 0:
         raise reader.error("head_dim", f"expected an even number, got {head_dim}")
     max_position_embeddings = reader.size("max_position_embeddings")
+    attention_bias = reader.flag("attention_bias", False)
     return LlamaConfig(
         vocab_size=reader.size("vocab_size"),
         hidden_size=hidden_size,
@@ -91,7 +120,9 @@ def _parse(reader: JsonReader, eos_token_ids: tuple[int, ...]) -> LlamaConfig:
         rms_norm_eps=reader.number("rms_norm_eps", 1e-6),
         max_position_embeddings=max_position_embeddings,
         tie_word_embeddings=reader.flag("tie_word_embeddings", False),
-        attention_bias=reader.flag("attention_bias", False),
+        qkv_bias=attention_bias or family.qkv_bias,
+        output_bias=attention_bias and not family.qkv_bias,
+        qk_norm=family.qk_norm,
         mlp_bias=reader.flag("mlp_bias", False),
         rope=parse_rope(reader, max_position_embeddings),
         eos_token_ids=eos_token_ids,

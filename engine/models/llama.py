@@ -1,4 +1,4 @@
-"""The Llama family as a plain module: packed tokens in, hidden states out.
+"""Llama, Mistral and Qwen as one plain module: packed tokens in, hidden states out.
 
 It knows nothing of checkpoints' names, of requests or of policy. Shapes: n rows of the batch, h hidden.
 """
@@ -15,6 +15,7 @@ from engine.models.linear import linear
 from engine.models.rope import RopeTables
 from kernels import ops
 from kernels.attention import AttentionBatch
+from kernels.rope_store import HeadNorms
 
 
 class LlamaLayer:
@@ -24,6 +25,10 @@ class LlamaLayer:
         self._config = config
         self._attention_norm = weights[f"{prefix}.attention_norm"]
         self._mlp_norm = weights[f"{prefix}.mlp_norm"]
+        self._head_norms: HeadNorms | None = None
+        if config.qk_norm:
+            q_norm, k_norm = weights[f"{prefix}.q_norm"], weights[f"{prefix}.k_norm"]
+            self._head_norms = HeadNorms(q_norm, k_norm, config.rms_norm_eps)
         self.qkv, self.o, self.gate_up, self.down = (
             linear(weights[f"{prefix}.{name}.weight"], weights.get(f"{prefix}.{name}.bias"))
             for name in ("qkv", "o", "gate_up", "down")
@@ -60,7 +65,7 @@ class LlamaLayer:
     ) -> Tensor:
         """Queries [n, num_q_heads, head_dim]; keys and values go into their slots."""
         heads = self.qkv.apply(x).view(len(x), -1, self._config.head_dim)
-        ops.rope_store_kv(heads, positions, rope.cos, rope.sin, kv_layer, slot_mapping)
+        ops.rope_store_kv(heads, positions, rope.cos, rope.sin, kv_layer, slot_mapping, self._head_norms)
         return heads[:, : self._config.num_q_heads]
 
 

@@ -90,12 +90,15 @@ def _single(name: str, source: str, *shape: int) -> WeightSpec:
 def _layer(config: LlamaConfig, name: str, source: str) -> Iterator[WeightSpec]:
     hidden, mlp = config.hidden_size, config.intermediate_size
     q, kv = config.num_q_heads * config.head_dim, config.num_kv_heads * config.head_dim
-    attention_bias, mlp_bias = config.attention_bias, config.mlp_bias
+    mlp_bias = config.mlp_bias
     yield _single(f"{name}.attention_norm", f"{source}.input_layernorm.weight", hidden)
     yield _single(f"{name}.mlp_norm", f"{source}.post_attention_layernorm.weight", hidden)
     qkv = {"self_attn.q_proj": q, "self_attn.k_proj": kv, "self_attn.v_proj": kv}
-    yield from _linear(f"{name}.qkv", source, qkv, hidden, attention_bias)
-    yield from _linear(f"{name}.o", source, {"self_attn.o_proj": hidden}, q, attention_bias)
+    yield from _linear(f"{name}.qkv", source, qkv, hidden, config.qkv_bias)
+    if config.qk_norm:
+        for head in ("q_norm", "k_norm"):
+            yield _single(f"{name}.{head}", f"{source}.self_attn.{head}.weight", config.head_dim)
+    yield from _linear(f"{name}.o", source, {"self_attn.o_proj": hidden}, q, config.output_bias)
     yield from _linear(
         f"{name}.gate_up", source, {"mlp.gate_proj": mlp, "mlp.up_proj": mlp}, hidden, mlp_bias
     )

@@ -2,9 +2,11 @@
 
 import signal
 import threading
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 import tandem
 from engine.config import EngineConfig
@@ -87,3 +89,22 @@ def test_nothing_is_started_for_one_rank_or_for_heads_that_do_not_divide(
     assert start_ranks(MODEL, CONFIG, ["cpu"]) is ONE_RANK
     with pytest.raises(StartupError, match="--tensor-parallel-size 7: num_attention_heads"):
         start_ranks(MODEL, CONFIG, ["cpu"] * 7)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_the_demo_model_over_two_gpus() -> None:
+    """The tokens of one GPU, over NCCL."""
+    config = replace(CONFIG, device="cuda:0", dtype="float32")
+    outputs = []
+    for devices in (["cuda:0"], ["cuda:0", "cuda:1"]):
+        ranks = start_ranks(MODEL, config, devices)
+        try:
+            made, engine = request(), Engine(config, load_model(MODEL, config, ranks=ranks))
+            engine.submit(made)
+            while engine.has_work():
+                engine.step()
+            outputs.append(made.output_token_ids)
+        finally:
+            ranks.close()
+    assert outputs[0] == outputs[1]

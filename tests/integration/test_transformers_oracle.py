@@ -59,6 +59,9 @@ CHECKPOINTS = {
             "mscale": 1.0, "mscale_all_dim": 0.7, "truncate": False,
         }
     },
+    "qwen2": {"tie_word_embeddings": True},
+    "qwen3": {"head_dim": 16},
+    "qwen3_biases": {"head_dim": 8, "attention_bias": True},
     "sharded": {},
     "bf16": {},
     "fp16": {},
@@ -77,8 +80,9 @@ def transformers():
 def save(transformers, name: str, path: Path):
     """A random checkpoint of CHECKPOINTS, saved by transformers; returns its fp32 model."""
     torch.manual_seed(len(name))
-    config = transformers.LlamaConfig(**{**SIZES, **CHECKPOINTS[name]})
-    model = transformers.LlamaForCausalLM(config)
+    family = {"qwen2": "Qwen2", "qwen3": "Qwen3"}.get(name.partition("_")[0], "Llama")
+    config = getattr(transformers, f"{family}Config")(**{**SIZES, **CHECKPOINTS[name]})
+    model = getattr(transformers, f"{family}ForCausalLM")(config)
     for parameter in model.parameters():
         if parameter.ndim == 1:
             parameter.data.uniform_(0.5, 1.5)
@@ -88,7 +92,7 @@ def save(transformers, name: str, path: Path):
 
 
 def eager(transformers, path: Path):
-    return transformers.LlamaForCausalLM.from_pretrained(
+    return transformers.AutoModelForCausalLM.from_pretrained(
         path, dtype=torch.float32, attn_implementation="eager"
     ).eval()
 

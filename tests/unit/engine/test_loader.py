@@ -51,6 +51,7 @@ def edit_index(path, weight_map):
         ({"architectures": ["LlamaForSequenceClassification"]}, "architectures"),
         ({"quantization_config": {"quant_method": "gptq"}}, "quantization_config"),
         ({"sliding_window": 4096}, "sliding_window"),
+        ({"sliding_window": 4096, "use_sliding_window": True}, "sliding_window"),
         ({"hidden_act": "gelu"}, "hidden_act"),
         ({"hidden_size": ...}, "hidden_size"),
         ({"hidden_size": "32"}, "hidden_size"),
