@@ -21,7 +21,7 @@ from runtime.errors import StartupError
 from runtime.lifecycle import Shutdown
 from runtime.limits import DRAIN_TIMEOUT_S
 from tandem.child import Child
-from tandem.restarts import RestartPolicy
+from tandem.restarts import CRASH_WINDOW_S, FIRST_DELAY_S, MAX_CRASHES, RestartPolicy
 
 logger = logging.getLogger(__name__)
 
@@ -71,7 +71,7 @@ class FleetPlan:
     """Whole environment of every child."""
     admin_key: str | None = None
     """What /debug/state asks for when it is not reached over loopback."""
-    first_restart_delay_s: float = 1.0
+    first_restart_delay_s: float = FIRST_DELAY_S
     """Wait before the first restart of a child; doubles from there."""
 
 
@@ -227,7 +227,10 @@ class Fleet:
                 return
             delay_s = member.policy.died()
             if delay_s is None:
-                logger.error("%s: %s; it keeps dying and stays down", member.name, member.death)
+                logger.error(
+                    "%s died %d times within %.0f s and stays down: %s",
+                    *(member.name, MAX_CRASHES, CRASH_WINDOW_S, member.death),
+                )
                 return
             logger.warning("%s: %s; starting again in %.1f s", member.name, member.death, delay_s)
             if await _set_within(shutdown.requested, delay_s):

@@ -2,7 +2,7 @@
 
 from runtime.clock import Clock
 
-FIRST_DELAY_S = 1.0
+FIRST_DELAY_S = 0.5
 MAX_DELAY_S = 30.0
 CRASH_WINDOW_S = 60.0
 MAX_CRASHES = 5

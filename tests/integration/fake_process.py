@@ -1,7 +1,8 @@
 """Stands in for a gateway or a worker of ours: `fake_process.py ROLE --flag=value…`.
 
 It obeys variables: FAKE_DIR is where it writes one file per event; FAKE_FAIL names a role or worker id that
-cannot start; FAKE_STUBBORN one that ignores SIGTERM; FAKE_DRAIN_S is how long the gateway drains.
+cannot start; FAKE_CRASH one that dies as soon as the file `crash` is there; FAKE_STUBBORN one that ignores
+SIGTERM; FAKE_DRAIN_S is how long the gateway drains.
 Every worker that started within FAKE_DIR counts as ready at the gateway.
 """
 
@@ -63,6 +64,9 @@ def main():
     else:
         (DIR / "workers" / NAME).touch()
         print("a word on stdout", flush=True)
+    while os.environ.get("FAKE_CRASH") == NAME and not stop.wait(0.01):
+        if (DIR / "crash").exists():
+            os.kill(os.getpid(), signal.SIGKILL)
     while not stop.wait(0.05) or os.environ.get("FAKE_STUBBORN") in (ROLE, NAME):
         pass
     if ROLE == "gateway":

@@ -154,4 +154,4 @@ def test_dead_children_come_back_and_the_gateway_keeps_its_ports(start):
     up.process.send_signal(signal.SIGTERM)
     code, _, stderr = up.finish()
     assert code == 0
-    assert "decode-0 was killed by signal 9; starting again in 1.0 s" in stderr
+    assert "decode-0 was killed by signal 9; starting again in 0.5 s" in stderr

@@ -19,20 +19,20 @@ def live(policy, clock, seconds):
 def test_delay_doubles_and_a_crash_loop_stays_down():
     clock = ManualClock()
     policy = RestartPolicy(clock)
-    assert [live(policy, clock, 0.1) for _ in range(5)] == [1, 2, 4, 8, None]
+    assert [live(policy, clock, 0.1) for _ in range(5)] == [0.5, 1, 2, 4, None]
 
 
 def test_slow_crashes_back_off_up_to_the_limit():
     clock = ManualClock()
     policy = RestartPolicy(clock)
-    assert [live(policy, clock, 20) for _ in range(7)] == [1, 2, 4, 8, 16, 30, 30]
+    assert [live(policy, clock, 20) for _ in range(8)] == [0.5, 1, 2, 4, 8, 16, 30, 30]
 
 
 def test_a_long_life_starts_over():
     clock = ManualClock()
     policy = RestartPolicy(clock)
-    assert [live(policy, clock, 1) for _ in range(3)] == [1, 2, 4]
-    assert live(policy, clock, 3600) == 1
+    assert [live(policy, clock, 1) for _ in range(3)] == [0.5, 1, 2]
+    assert live(policy, clock, 3600) == 0.5
 
 
 @settings(max_examples=50)
@@ -50,5 +50,5 @@ def test_never_more_than_the_limit_in_a_window(lives):
         assert (delay_s is None) == (len(recent) >= MAX_CRASHES)
         if delay_s is None:
             return
-        assert 1 <= delay_s <= MAX_DELAY_S
+        assert 0.5 <= delay_s <= MAX_DELAY_S
         clock.advance(delay_s)
