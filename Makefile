@@ -17,13 +17,17 @@ TEST_ENV := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive GOMP_SPINCOUNT=0
 SOURCES := protos gateway prefill_svc decode_svc worker engine kvtransfer kernels runtime tandem
 ALL := $(SOURCES) compose tests tools $(wildcard benchmarks)
 
-.PHONY: serve test test-long check protos dashboards kernels-aot bench bench-split bench-cpu bench-policies bench-speculation bench-tracing clean
+.PHONY: serve test test-optimized test-long check protos dashboards kernels-aot bench bench-split bench-cpu bench-policies bench-speculation bench-tracing clean
 
 serve: $(VENV)/.installed
 	@exec $(BIN)/tandem up $(ARGS)
 
 test: $(VENV)/.installed-dev
 	$(TEST_ENV) $(BIN)/python -m pytest $(ARGS)
+
+# As under `python -O`: nothing may hang on an assert. pytest warns that asserts outside of tests are off.
+test-optimized: $(VENV)/.installed-dev
+	PYTHONOPTIMIZE=1 $(TEST_ENV) $(BIN)/python -m pytest -W ignore::pytest.PytestConfigWarning $(ARGS)
 
 test-long: $(VENV)/.installed-dev
 	$(TEST_ENV) $(BIN)/python -m pytest -m "long and not gpu" $(ARGS)

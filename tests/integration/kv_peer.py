@@ -14,7 +14,8 @@ def rendezvous(pipe):
 
     def exchange(blob):
         pipe.send(blob)
-        assert pipe.poll(5)
+        if not pipe.poll(5):
+            raise TimeoutError("no address came")
         return pipe.recv()
 
     return exchange

@@ -4,6 +4,7 @@ import queue
 import threading
 import time
 
+import pytest
 import torch
 
 from kernels.ops import gather_blocks, scatter_blocks
@@ -60,7 +61,8 @@ class Events:
 
     def wait(self, done, timeout_s=5.0):
         with self.changed:
-            assert self.changed.wait_for(lambda: done(self), timeout_s), (self.all, self.failures)
+            if not self.changed.wait_for(lambda: done(self), timeout_s):
+                pytest.fail(f"{self.all} {self.failures}")
 
     def ids(self, kind):
         return [event.transfer_id for event in self.all if isinstance(event, kind)]

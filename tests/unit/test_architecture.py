@@ -230,3 +230,69 @@ def test_no_way_to_run_what_comes_from_outside_is_overlooked(line, tmp_path, mon
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_nothing_forbidden(path):
     assert list(banned(path)) == []
+
+
+HARMLESS_CALLS = {
+    "bool",
+    *(
+        "all",
+        "any",
+        "dict",
+        "float",
+        "getattr",
+        "int",
+        "isinstance",
+        "len",
+        "list",
+        "map",
+        "max",
+        "min",
+        "range",
+    ),
+    *(
+        "set",
+        "sorted",
+        "str",
+        "sum",
+        "tuple",
+        "zip",
+        "block_bytes",
+        "num_blocks_of",
+        "cell_bytes",
+        "self.load",
+    ),
+}
+HARMLESS_METHODS = {
+    "is_alive",
+    *("all", "any"),
+    *("blocks_for", "count", "endswith", "is_closed", "is_contiguous", "keys", "kept", "numel", "ref_count"),
+    *("startswith", "status", "stride", "values", "is_running", "get"),
+}
+
+
+def impure_asserts(path):
+    """Asserts that do something, which `python -O` would leave out."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Assert):
+            for part in ast.walk(node.test):
+                if isinstance(part, (ast.NamedExpr, ast.Await)) or not _is_harmless(part):
+                    yield f"{path.relative_to(ROOT)}:{node.lineno}: {ast.unparse(part)}"
+
+
+def _is_harmless(node):
+    if not isinstance(node, ast.Call):
+        return True
+    name = ast.unparse(node.func)
+    return name in HARMLESS_CALLS or (
+        isinstance(node.func, ast.Attribute) and node.func.attr in HARMLESS_METHODS
+    )
+
+
+def test_asserts_do_nothing_that_optimized_python_leaves_out(tmp_path, monkeypatch):
+    """Files of tests are no matter: pytest runs their asserts in any case, but not those of helpers."""
+    helpers = [path for path in (ROOT / "tests").rglob("*.py") if not path.name.startswith("test_")]
+    assert [found for path in (*SOURCES, *helpers) for found in impure_asserts(path)] == []
+    monkeypatch.setitem(globals(), "ROOT", tmp_path)
+    path = tmp_path / "bad.py"
+    path.write_text("assert queue.pop()\nassert (x := f(y))\nassert len(x) == 2\nassert await g()\n")
+    assert {int(found.split(":")[1]) for found in impure_asserts(path)} == {1, 2, 4}

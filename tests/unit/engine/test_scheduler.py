@@ -185,6 +185,7 @@ def test_seats_are_limited_over_all_active_states():
     assert step(scheduler) == [("b", 1)]
 
 
+@pytest.mark.skipif(not __debug__, reason="our asserts are off")
 def test_a_key_is_live_once():
     scheduler = make_scheduler()
     scheduler.submit(make_request("a", 1))

@@ -43,6 +43,7 @@ def test_scatter_undoes_gather_and_touches_nothing_else(group):
     assert other.count_nonzero() == group[2:, :, [3, 8]].count_nonzero()
 
 
+@pytest.mark.skipif(not __debug__, reason="our asserts are off")
 def test_a_payload_larger_than_the_slab_is_refused(group):
     with pytest.raises(AssertionError, match="slab of 100"):
         ops.gather_blocks(group, [0], 0, 1, torch.empty(100, dtype=torch.uint8))
