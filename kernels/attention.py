@@ -2,11 +2,14 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
+from itertools import accumulate
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from kernels.paged_batch import PagedBatch
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,6 +80,23 @@ class AttentionBatch:
             block_ids=self._tensor(block_ids),
             first_blocks=self._tensor(first_blocks),
             longest=max(context_lens, default=0),
+        )
+
+    @cached_property
+    def paged(self) -> PagedBatch:
+        """The same for kernels on a GPU."""
+        num_blocks = max((len(self._blocks(seq)) for seq in range(len(self.query_lens))), default=0)
+        tables = [
+            [*self._blocks(seq), *[0] * (num_blocks - len(self._blocks(seq)))]
+            for seq in range(len(self.query_lens))
+        ]
+        as_int32 = partial(torch.tensor, dtype=torch.int32, device=self.device)
+        return PagedBatch(
+            cu_query_lens=as_int32([0, *accumulate(self.query_lens)]),
+            context_lens=as_int32(self.context_lens),
+            block_tables=as_int32(tables),
+            max_query_len=max(self.query_lens),
+            max_context_len=max(self.context_lens),
         )
 
     def _starts(self) -> list[tuple[int, int]]:

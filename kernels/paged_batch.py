@@ -48,13 +48,13 @@ class AttentionKind:
     """What a model's layer computes, apart from sizes: fixed for the life of the model."""
 
     scale: float
-    """Factor of q·k."""
+    """Factor of q·k, positive."""
     window: int | None = None
     """A query at position p sees the keys of positions p - window + 1 … p; None: all from 0 on."""
     soft_cap: float | None = None
     """Scores become soft_cap * tanh(score / soft_cap) (Gemma 2)."""
     k_scale: float = 1.0
-    """Stored keys times this are the keys; for quantized pools."""
+    """Stored keys times this, which is positive, are the keys; for quantized pools."""
     v_scale: float = 1.0
     """Stored values times this are the values."""
 

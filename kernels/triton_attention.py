@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.paged_batch import AttentionKind, PagedBatch
+from kernels.paged_batch import PagedBatch
 from kernels.triton_launch import INTERPRETED
 
 LOG2_E: Final = tl.constexpr(math.log2(math.e))
@@ -80,11 +80,14 @@ def attend(
     2**peak. queries: [rows, columns], in the type of the products; positions: int32 [rows]; keys_ptr,
     values_ptr: this KV head in block 0; table_ptr: the request's block ids. Only keys oldest …
     context_len - 1 are read. Without MASKED every row sees every key, and all of them are in that range.
-    score_scale: of q·k, with log2(e) in it unless there is a SOFT_CAP.
+    score_scale: of q·k, positive.
     """
     columns = tl.arange(0, queries.shape[1])
     offsets = tl.arange(0, TILE)
     HAS_MASK: tl.constexpr = MASKED or queries.shape[1] != HEAD_DIM
+    factor = score_scale * LOG2_E
+    if SOFT_CAP > 0:
+        factor = SOFT_CAP * LOG2_E
     # Block ids are loaded one step ahead: a chain of loads within one step is not pipelined as deeply.
     next_ids = _block_ids(table_ptr, begin + offsets, oldest, context_len, BLOCK_SIZE)
     for start in range(begin, end, TILE):
@@ -96,29 +99,26 @@ def attend(
         places = slots[:, None] + columns[None, :]
         mask = stored[:, None] & (columns[None, :] < HEAD_DIM)
         keys = _stored(keys_ptr + places, mask, HAS_MASK, queries.dtype)
-        scores = tl.dot(queries, tl.trans(keys), input_precision=PRECISION) * score_scale
+        scores = tl.dot(queries, tl.trans(keys), input_precision=PRECISION)
         if SOFT_CAP > 0:
-            scores = _tanh(scores / SOFT_CAP) * (SOFT_CAP * LOG2_E)
+            scores = _tanh(scores * (score_scale / SOFT_CAP))
         if MASKED:
             visible = stored[None, :] & (keys_at[None, :] <= positions[:, None])
             if WINDOW > 0:
                 visible &= keys_at[None, :] > positions[:, None] - WINDOW
             scores = tl.where(visible, scores, float("-inf"))
-        new_peak = tl.maximum(peak, tl.max(scores, 1))
-        # Of a row that has seen no key yet -inf would be taken from -inf.
-        anchor = tl.where(new_peak == float("-inf"), 0.0, new_peak)
-        probs = tl.exp2(scores - anchor[:, None])
+        new_peak = tl.maximum(peak, tl.max(scores, 1) * factor)
+        anchor = new_peak
+        if MASKED:
+            # Of a row that has seen no key yet -inf would be taken from -inf.
+            anchor = tl.where(new_peak == float("-inf"), 0.0, new_peak)
+        probs = tl.exp2(scores * factor - anchor[:, None])
         decay = tl.exp2(peak - anchor)
         weight = weight * decay + tl.sum(probs, 1)
         values = _stored(values_ptr + places, mask, HAS_MASK, queries.dtype)
         total = tl.dot(probs.to(queries.dtype), values, total * decay[:, None], input_precision=PRECISION)
         peak = new_peak
     return total, weight, peak
-
-
-def score_scale(kind: AttentionKind) -> float:
-    """The factor of that name in `attend`."""
-    return kind.scale * kind.k_scale * (1.0 if kind.soft_cap else math.log2(math.e))
 
 
 def operand_dtype(q: Tensor) -> Any:
@@ -130,19 +130,23 @@ def operand_dtype(q: Tensor) -> Any:
 
 def stored_sides(kv_layer: Tensor) -> tuple[Tensor, Tensor]:
     """Keys and values as kernels read them: e4m3 as bits where the GPU does not know the type."""
-    if kv_layer.dtype == torch.float8_e4m3fn and kv_layer.is_cuda and not _knows_e4m3(kv_layer.device):
+    if kv_layer.dtype == torch.float8_e4m3fn and compute_capability(kv_layer.device) < 89:
         kv_layer = kv_layer.view(torch.uint8)
     return kv_layer[0], kv_layer[1]
 
 
 @lru_cache
-def _knows_e4m3(device: torch.device) -> bool:
-    return torch.cuda.get_device_capability(device) >= (8, 9)
+def compute_capability(device: torch.device) -> int:
+    """Of a GPU, as in sm_90; elsewhere that of an H200, for launches that are not run on a GPU."""
+    if device.type != "cuda":
+        return 90
+    major, minor = torch.cuda.get_device_capability(device)
+    return major * 10 + minor
 
 
 @lru_cache
 def num_multiprocessors(device: torch.device) -> int:
-    """Of a GPU; elsewhere that of an H200, for launches that are compiled but not run."""
+    """Of a GPU; elsewhere that of an H200."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
 
 

@@ -6,7 +6,7 @@ captured CUDA graph serves any batch that fits. The bits of a request's result d
 context and on `DecodeTiling`, not on the rest of the batch.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final
 
 import torch
@@ -20,7 +20,6 @@ from kernels.triton_attention import (
     check_operands,
     num_multiprocessors,
     operand_dtype,
-    score_scale,
     stored_sides,
 )
 from kernels.triton_launch import Launch
@@ -64,6 +63,21 @@ def _splits(
     return oldest, begin, split_len, (context_len - begin + split_len - 1) // split_len
 
 
+@triton.jit
+def _clear_spare_rows(
+    heads_ptr: tl.tensor, out_stride: tl.tensor, cu_query_lens_ptr: tl.tensor, num_rows: tl.tensor,
+    query: tl.tensor, in_head: tl.tensor, MAX_QUERY_LEN: tl.constexpr,
+) -> None:  # fmt: skip
+    """Zeros in this request's share of the rows of no request. heads_ptr: of each tile row, in row 0."""
+    seq, num_seqs = tl.program_id(2), tl.num_programs(2)
+    first_spare = tl.load(cu_query_lens_ptr + num_seqs) + seq * MAX_QUERY_LEN
+    for start in range(first_spare, num_rows, num_seqs * MAX_QUERY_LEN):
+        row = start + query
+        mask = ((query < MAX_QUERY_LEN) & (row < num_rows))[:, None] & in_head
+        rows_ptr = heads_ptr + row.to(tl.int64) * out_stride
+        tl.store(rows_ptr[:, None] + tl.arange(0, in_head.shape[1])[None, :], 0.0, mask=mask)
+
+
 @triton.jit(do_not_specialize=["num_rows"])
 def decode_kernel(
     q_ptr: tl.tensor, keys_ptr: tl.tensor, values_ptr: tl.tensor, out_ptr: tl.tensor,
@@ -91,11 +105,11 @@ def decode_kernel(
     columns = tl.arange(0, COLUMNS)
     in_head = columns[None, :] < HEAD_DIM
     if split == 0:
-        first_spare = tl.load(cu_query_lens_ptr + tl.num_programs(2))
-        spare = first_spare + seq * MAX_QUERY_LEN + query
-        spare_ptr = out_ptr + spare.to(tl.int64) * out_stride + head * HEAD_DIM
-        mask = ((query < MAX_QUERY_LEN) & (spare < num_rows))[:, None] & in_head
-        tl.store(spare_ptr[:, None] + columns[None, :], 0.0, mask=mask)
+        _clear_spare_rows(
+            out_ptr + head * HEAD_DIM, out_stride, cu_query_lens_ptr, num_rows, query, in_head, MAX_QUERY_LEN
+        )
+    if query_len > MAX_QUERY_LEN:
+        return
     oldest, begin, split_len, num_splits = _splits(
         context_len, query_len, NUM_SPLITS, MIN_SPLIT_LEN, TILE, WINDOW
     )
@@ -134,13 +148,13 @@ def combine_kernel(
     HEAD_DIM: tl.constexpr, COLUMNS: tl.constexpr, TILE: tl.constexpr,
     NUM_SPLITS: tl.constexpr, MIN_SPLIT_LEN: tl.constexpr, WINDOW: tl.constexpr,
 ) -> None:  # fmt: skip
-    """The sum of one head of one query over its splits: grid (num_q_heads, max_query_len, num_seqs)."""
+    """The sum of one head of one query over its splits: grid (num_q_heads, MAX_QUERY_LEN, num_seqs)."""
     head, query, seq = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     context_len = tl.load(context_lens_ptr + seq)
     first_row = tl.load(cu_query_lens_ptr + seq)
     query_len = tl.load(cu_query_lens_ptr + seq + 1) - first_row
     num_splits = _splits(context_len, query_len, NUM_SPLITS, MIN_SPLIT_LEN, TILE, WINDOW)[3]
-    if query >= query_len or num_splits <= 1:
+    if query >= query_len or query_len > tl.num_programs(1) or num_splits <= 1:
         return
     row = (first_row + query).to(tl.int64)
     first_part = (row * tl.num_programs(0) + head) * NUM_SPLITS
@@ -170,16 +184,20 @@ def decode_attention(
     kind: AttentionKind,
     *,
     tiling: DecodeTiling | None = None,
+    max_query_len: int | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
     """`paged_batch.paged_attention` for requests of at most MAX_QUERY_LEN queries; allocates in torch's pool.
 
-    q: [num_rows, num_q_heads, head_dim], num_rows ≤ num_seqs * max_query_len, rows any distance apart;
-    kv_layer: [2, num_blocks, block_size, num_kv_heads, head_dim], of q's type, float8_e4m3fn, or uint8 with
-    the bits of that.
+    q: [num_rows, num_q_heads, head_dim], rows any distance apart; kv_layer: [2, num_blocks, block_size,
+    num_kv_heads, head_dim], of q's type, float8_e4m3fn, or uint8 with the bits of that.
+    max_query_len: requests with more queries are left out, their rows of `out` are not written; None: the
+    batch's, so that there are none.
     """
     if out is None:
         out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    if max_query_len is not None:
+        batch = replace(batch, max_query_len=max_query_len)
     for launch in decode_launches(
         q, kv_layer, batch, kind, out, tiling or default_tiling(q, kv_layer, batch)
     ):
@@ -190,7 +208,7 @@ def decode_attention(
 def decode_launches(
     q: Tensor, kv_layer: Tensor, batch: PagedBatch, kind: AttentionKind, out: Tensor, tiling: DecodeTiling
 ) -> list[Launch]:
-    """What `decode_attention` runs."""
+    """What `decode_attention` runs, for requests of at most batch.max_query_len queries."""
     _check(q, kv_layer, batch, out, tiling)
     num_rows, num_q_heads, head_dim = q.shape
     num_kv_heads = kv_layer.shape[3]
@@ -231,7 +249,6 @@ def decode_launches(
 def _check(q: Tensor, kv_layer: Tensor, batch: PagedBatch, out: Tensor, tiling: DecodeTiling) -> None:
     check_operands(q, kv_layer, batch, out)
     assert batch.max_query_len <= MAX_QUERY_LEN
-    assert len(q) <= batch.num_seqs * batch.max_query_len
     assert tiling.num_splits <= MAX_SPLITS
     assert tiling.min_split_len % tiling.tile == 0
 
@@ -250,7 +267,7 @@ def _decode_args(
         "block_stride": kv_layer.stride(1),
         "token_stride": kv_layer.stride(2),
         "table_stride": batch.block_tables.stride(0),
-        "score_scale": score_scale(kind),
+        "score_scale": kind.scale * kind.k_scale,
     }
 
 

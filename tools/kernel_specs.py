@@ -9,10 +9,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from kernels import triton_decode_attention, triton_prefill_attention
 from kernels.paged_batch import AttentionKind, PagedBatch
 from kernels.rope_store import HeadNorms
 from kernels.triton_blocks import copy_blocks_launch
-from kernels.triton_decode_attention import decode_launches, default_tiling
 from kernels.triton_launch import Launch
 from kernels.triton_layers import rms_norm_launch, silu_mul_launch
 from kernels.triton_rope import rope_store_launch
@@ -25,6 +25,7 @@ ARCHITECTURES = (80, 90, 100)
 
 
 PLAIN = AttentionKind(scale=128**-0.5)
+GEMMA = AttentionKind(scale=256**-0.5, window=4096, soft_cap=50.0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,8 +40,9 @@ class KernelSpec:
 
 
 def specs() -> Iterable[KernelSpec]:
-    """All of them; names are distinct."""
+    """All of them; a name stands once for each architecture."""
     yield from decode_attention_specs()
+    yield from prefill_attention_specs()
     yield from layer_specs()
     yield from block_specs()
     yield from sampling_specs()
@@ -60,9 +62,8 @@ def decode_attention_specs() -> Iterable[KernelSpec]:
     yield from _decode("qwen3_0.6b.bf16", (16, 8, 128))
     yield from _decode("llama1b.bf16", (32, 8, 64))
     yield from _decode("phi2.bf16", (32, 32, 80))
-    gemma = AttentionKind(scale=256**-0.5, window=4096, soft_cap=50.0)
-    yield from _decode("gemma2_9b.bf16", (16, 8, 256), kind=gemma)
-    yield from _decode("gemma2_9b.bf16.verify8", (16, 8, 256), kind=gemma, query_len=8)
+    yield from _decode("gemma2_9b.bf16", (16, 8, 256), kind=GEMMA)
+    yield from _decode("gemma2_9b.bf16.verify8", (16, 8, 256), kind=GEMMA, query_len=8)
 
 
 def _decode(
@@ -78,11 +79,49 @@ def _decode(
     archs: tuple[int, ...] = ARCHITECTURES,
 ) -> Iterable[KernelSpec]:
     q, kv_layer, batch = _attention(heads, dtype, pool or dtype, block_size, 32, query_len)
-    tiling = default_tiling(q, kv_layer, batch)
+    tiling = triton_decode_attention.default_tiling(q, kv_layer, batch)
     tiling = replace(tiling, num_splits=num_splits or tiling.num_splits)
-    for launch in decode_launches(q, kv_layer, batch, kind, torch.empty_like(q), tiling):
+    for launch in triton_decode_attention.decode_launches(
+        q, kv_layer, batch, kind, torch.empty_like(q), tiling
+    ):
         kernel = launch.kernel.__name__.removesuffix("_kernel")
         yield KernelSpec(name=f"attention.{kernel}.{name}", launch=launch, archs=archs)
+
+
+def prefill_attention_specs() -> Iterable[KernelSpec]:
+    """Chunks of a prompt; `short` has the smaller tiles of a few queries."""
+    fp16, fp32, fp8 = torch.float16, torch.float32, torch.float8_e4m3fn
+    yield from _prefill("llama8b.bf16", (32, 8, 128))
+    yield from _prefill("llama8b.bf16.block64", (32, 8, 128), block_size=64)
+    yield from _prefill("llama8b.bf16.short", (32, 8, 128), query_len=16)
+    yield from _prefill("llama8b.fp16", (32, 8, 128), dtype=fp16)
+    yield from _prefill("llama8b.bf16.fp8", (32, 8, 128), pool=fp8, archs=(90, 100))
+    yield from _prefill("llama8b.bf16.fp8bits", (32, 8, 128), pool=torch.uint8, archs=(80,))
+    yield from _prefill("llama8b.fp32", (32, 8, 128), dtype=fp32)
+    yield from _prefill("qwen2_7b.bf16", (28, 4, 128))
+    yield from _prefill("llama1b.bf16", (32, 8, 64))
+    yield from _prefill("phi2.bf16", (32, 32, 80))
+    yield from _prefill("gemma2_9b.bf16", (16, 8, 256), kind=GEMMA)
+
+
+def _prefill(
+    name: str,
+    heads: tuple[int, int, int],
+    *,
+    dtype: torch.dtype = torch.bfloat16,
+    pool: torch.dtype | None = None,
+    block_size: int = 16,
+    query_len: int = 512,
+    kind: AttentionKind = PLAIN,
+    archs: tuple[int, ...] = ARCHITECTURES,
+) -> Iterable[KernelSpec]:
+    q, kv_layer, batch = _attention(heads, dtype, pool or dtype, block_size, 4, query_len)
+    for arch in archs:
+        tiling = triton_prefill_attention.default_tiling(q, kv_layer, batch, capability=arch)
+        launch = triton_prefill_attention.prefill_launch(
+            q, kv_layer, batch, kind, torch.empty_like(q), tiling
+        )
+        yield KernelSpec(name=f"attention.prefill.{name}", launch=launch, archs=(arch,))
 
 
 def _attention(

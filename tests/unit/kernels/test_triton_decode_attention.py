@@ -52,7 +52,16 @@ def test_several_queries_of_a_request(device, heads, context_lens, query_lens):
 
 def test_a_batch_with_padding(device):
     """Requests without a context, with and without rows, and rows of no request."""
-    check(*scenario([20, 0, 5, 0], [2, 2, 3, 0], spare_rows=5, device=device))
+    check(*scenario([20, 0, 5, 0], [2, 2, 3, 0], spare_rows=17, device=device))
+
+
+def test_requests_of_more_queries_are_left_out(device):
+    q, kv_layer, batch = scenario([20, 40, 33], [1, 3, 1], spare_rows=1, device=device)
+    out = poisoned(q)
+    decode_attention(q, kv_layer, batch, KIND, tiling=TILING, max_query_len=1, out=out)
+    assert out[1:4].isnan().all()
+    out[1:4] = decode_attention(q, kv_layer, batch, KIND, tiling=TILING)[1:4]
+    assert_as_exact_as_torch(out, q, kv_layer, batch, KIND)
 
 
 def test_nothing_but_padding(device):
