@@ -121,6 +121,11 @@ def attend(
     return total, weight, peak
 
 
+def padded_head_dim(head_dim: int) -> int:
+    """Columns of a tile: tiles have powers of two, matrix products at least 16."""
+    return max(16, 1 << (head_dim - 1).bit_length())
+
+
 def operand_dtype(q: Tensor) -> Any:
     """Type of the matrix products; the interpreter has no arithmetic for bf16."""
     if INTERPRETED and q.dtype == torch.bfloat16:

@@ -20,6 +20,7 @@ from kernels.triton_attention import (
     check_operands,
     num_multiprocessors,
     operand_dtype,
+    padded_head_dim,
     stored_sides,
 )
 from kernels.triton_launch import Launch
@@ -224,7 +225,7 @@ def decode_launches(
     }
     constexprs = {
         "HEAD_DIM": head_dim,
-        "COLUMNS": triton.next_power_of_2(head_dim),
+        "COLUMNS": padded_head_dim(head_dim),
         "TILE": tiling.tile,
         "NUM_SPLITS": tiling.num_splits,
         "MIN_SPLIT_LEN": tiling.min_split_len,
@@ -286,7 +287,7 @@ def _decode_constexprs(q: Tensor, kv_layer: Tensor, batch: PagedBatch, kind: Att
 
 def default_tiling(q: Tensor, kv_layer: Tensor, batch: PagedBatch) -> DecodeTiling:
     """By capacities only: the same for all steps of a captured graph."""
-    step_bytes = triton.next_power_of_2(q.shape[2]) * kv_layer.element_size()
+    step_bytes = padded_head_dim(q.shape[2]) * kv_layer.element_size()
     tile = min(max(TILE_BYTES // step_bytes, 16), 64)
     min_split_len = max(DecodeTiling.min_split_len, tile)
     programs = PROGRAMS_PER_MULTIPROCESSOR * num_multiprocessors(q.device)

@@ -11,6 +11,8 @@ from kernels.triton_prefill_attention import prefill_attention
 
 def paged_attention(q: Tensor, kv_layer: Tensor, batch: AttentionBatch, scale: float) -> Tensor:
     """See kernels.attention; the pool may also be float8_e4m3fn."""
+    if not batch.query_lens:
+        return torch.zeros_like(q)
     kind, longest = AttentionKind(scale=scale), max(batch.query_lens)
     if longest <= MAX_QUERY_LEN:
         return decode_attention(q, kv_layer, batch.paged, kind)

@@ -19,6 +19,7 @@ from kernels.triton_attention import (
     check_operands,
     compute_capability,
     operand_dtype,
+    padded_head_dim,
     stored_sides,
 )
 from kernels.triton_launch import Launch
@@ -193,7 +194,7 @@ def _constexprs(q: Tensor, kv_layer: Tensor, kind: AttentionKind, tiling: Prefil
         "GROUP": q.shape[1] // kv_layer.shape[3],
         "ROWS": tiling.rows,
         "HEAD_DIM": head_dim,
-        "COLUMNS": triton.next_power_of_2(head_dim),
+        "COLUMNS": padded_head_dim(head_dim),
         "BLOCK_SIZE": kv_layer.shape[2],
         "TILE": tiling.tile,
         "WINDOW": kind.window or 0,

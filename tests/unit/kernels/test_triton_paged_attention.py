@@ -9,7 +9,7 @@ NUM_BLOCKS, BLOCK_SIZE = 16, 16
 
 @pytest.mark.parametrize(
     ("query_lens", "context_lens"),
-    [([1, 1], [20, 3]), ([2, 1], [17, 33]), ([12, 9], [12, 30]), ([1, 10, 1], [40, 25, 2])],
+    [([], []), ([1, 1], [20, 3]), ([2, 1], [17, 33]), ([12, 9], [12, 30]), ([1, 10, 1], [40, 25, 2])],
 )
 def test_every_mixture_takes_kernels_that_cover_it(device, query_lens, context_lens):
     torch.manual_seed(0)
