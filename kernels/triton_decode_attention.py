@@ -3,7 +3,7 @@
 The context of a request is split among programs (flash decoding, Dao et al. 2023), whose results a second
 kernel combines. Grids depend on capacities only; lengths and block tables are read from device memory, so one
 captured CUDA graph serves any batch that fits. The bits of a request's result depend on its own queries and
-context and on `DecodeTiling`, not on the rest of the batch.
+context, on `DecodeTiling` and on the queries that a tile has room for, not on the rest of the batch.
 """
 
 from dataclasses import dataclass, replace
