@@ -1,6 +1,7 @@
 """Tokens per second with speculation over without: `make bench-speculation`.
 
-One process, the co-located engine, the bundled pair. For each batch size the same requests run with
+One process, the co-located engine, the bundled pair, texts of Python's standard library, which is what the
+pair was trained on. For each batch size the same requests, at least MIN_REQUESTS different ones, run with
 speculation off and on, in turns; only steps in which every request decodes are timed, in CPU-seconds of this
 process, because the machine may be shared. Arms: the draft model, n-grams on text that repeats itself, and
 an oracle that knows the undisturbed output and errs at a given rate, so that acceptance can be chosen.
@@ -32,7 +33,8 @@ from runtime.checkpoint_dir import bundled_model
 
 BATCHES = (1, 4, 8, 32)
 PROMPT_TOKENS = 64
-CORPUS = Path(__file__).parent.parent / "engine"
+MIN_REQUESTS = 8
+CORPUS = Path(argparse.__file__).parent
 
 
 class Oracle:
@@ -76,14 +78,16 @@ class Measured:
     identical: bool
 
 
-def requests(batch: int, prompts: list[list[int]], num_tokens: int, temperature: float) -> list[Request]:
+def requests(
+    members: Sequence[int], prompts: list[list[int]], num_tokens: int, temperature: float
+) -> list[Request]:
     return [
         Request(
             key=i,
             prompt_token_ids=prompts[i],
             sampling=SamplingParams(max_tokens=num_tokens, temperature=temperature, seed=i, ignore_eos=True),
         )
-        for i in range(batch)
+        for i in members
     ]
 
 
@@ -126,22 +130,24 @@ def measure(
 ) -> Measured:
     """Off and on in turns; the first round warms up and tells the oracle the undisturbed output."""
     model = models["draft" if arm == "draft" else "plain"]
-    make = lambda: requests(batch, prompts, args.tokens, args.temperature)  # noqa: E731
-    undisturbed = make()
-    off = engine_with(model, "off", {})
-    run(off, undisturbed)
-    outputs = {request.key: list(request.output_token_ids) for request in undisturbed}
-    on = engine_with(model, arm, outputs)
-    run(on, make())
+    make = lambda members: requests(members, prompts, args.tokens, args.temperature)  # noqa: E731
+    batches = [range(i, i + batch) for i in range(0, max(batch, MIN_REQUESTS), batch)]
+    outputs: dict[object, list[int]] = {}
+    off, on = engine_with(model, "off", {}), engine_with(model, arm, outputs)
+    for members in batches:
+        undisturbed = make(members)
+        run(off, undisturbed)
+        outputs |= {request.key: list(request.output_token_ids) for request in undisturbed}
+        run(on, make(members))
     stats = on.speculation_stats
     stats.__init__()  # type: ignore[misc]
     plain_s = drafted_s = 0.0
     plain_tokens = drafted_tokens = plain_steps = drafted_steps = 0
     identical = True
-    for _ in range(args.rounds):
-        seconds, tokens, steps = run(off, make())
+    for members in batches * args.rounds:
+        seconds, tokens, steps = run(off, make(members))
         plain_s, plain_tokens, plain_steps = plain_s + seconds, plain_tokens + tokens, plain_steps + steps
-        drafted = make()
+        drafted = make(members)
         seconds, tokens, steps = run(on, drafted)
         drafted_s, drafted_tokens, drafted_steps = (
             drafted_s + seconds, drafted_tokens + tokens, drafted_steps + steps,
@@ -185,7 +191,7 @@ def texts(repetitive: bool) -> list[list[int]]:
     from tokenizers import Tokenizer
 
     tokenizer = Tokenizer.from_file(str(bundled_model() / "tokenizer.json"))
-    files = [file for file in sorted(CORPUS.rglob("*.py")) if file.stat().st_size > 1000]
+    files = [file for file in sorted(CORPUS.glob("*.py")) if file.stat().st_size > 5000]
     found = []
     for i in range(max(BATCHES)):
         ids = tokenizer.encode(files[i % len(files)].read_text()).ids
