@@ -3,12 +3,15 @@
 The environment is the one templates are written for (transformers `utils/chat_template_utils.py`):
 `trim_blocks`, `lstrip_blocks`, loop controls, `raise_exception`, `strftime_now` and a `tojson` that does not
 escape HTML. A request can never bring a template, only messages.
+
+A sandbox keeps a template from reading what it should not, but not from running for ever: `ChatTemplate` is
+used in a process of its own (`template_helper`).
 """
 
 import datetime
 import json
-import threading
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -21,8 +24,8 @@ from runtime.errors import CheckpointError, InvalidRequest
 MAX_RENDERED_CHARS = 8 * 1024 * 1024
 """A template that writes more than this is refused."""
 
-MAX_RENDER_S = 5.0
-"""A template that takes longer is refused."""
+MAX_SOURCE_CHARS = 1024 * 1024
+"""A larger template is refused."""
 
 TEMPLATE_ERRORS = (
     jinja2.TemplateError,
@@ -38,21 +41,40 @@ TEMPLATE_ERRORS = (
 SPECIAL_NAMES = ("bos_token", "eos_token", "pad_token", "unk_token", "sep_token", "cls_token")
 
 
+@dataclass(frozen=True, kw_only=True)
+class TemplateSource:
+    """A template as it was found, parsed but not compiled: compiling evaluates what is constant in it."""
+
+    source: str
+    """Jinja."""
+    special_tokens: Mapping[str, str]
+    """What it may name."""
+    origin: str
+    """The file."""
+
+    def __post_init__(self) -> None:
+        if len(self.source) > MAX_SOURCE_CHARS:
+            raise CheckpointError(self.origin, "chat_template", f"at most {MAX_SOURCE_CHARS} characters")
+        try:
+            _environment().parse(self.source)
+        except (jinja2.TemplateError, RecursionError) as error:
+            raise _invalid(self.origin, error) from error
+
+
 class ChatTemplate:
     """One compiled template and the special tokens that it may name."""
 
     def __init__(self, source: str, special_tokens: Mapping[str, str], *, origin: str) -> None:
         try:
             self._template = _environment().from_string(source)
-        except jinja2.TemplateError as error:
-            raise CheckpointError(origin, "chat_template", f"a valid Jinja template ({error})") from error
+        except (*TEMPLATE_ERRORS, MemoryError) as error:
+            raise _invalid(origin, error) from error
         self._special_tokens = dict(special_tokens)
 
-    def render(self, messages: Sequence[Mapping[str, str]], *, gave_up: threading.Event | None = None) -> str:
+    def render(self, messages: Sequence[Mapping[str, str]]) -> str:
         """Text of the messages with the opening of the assistant's turn.
 
-        Raises InvalidRequest on `messages` if the template refuses them, writes too much or is given up
-        (`gave_up` set).
+        Raises InvalidRequest on `messages` if the template refuses them or writes too much.
         """
         pieces: list[str] = []
         num_chars = 0
@@ -63,12 +85,26 @@ class ChatTemplate:
                 **self._special_tokens,
             ):
                 num_chars += len(piece)
-                if num_chars > MAX_RENDERED_CHARS or (gave_up is not None and gave_up.is_set()):
+                if num_chars > MAX_RENDERED_CHARS:
                     raise InvalidRequest("the chat template writes too much", field="messages")
                 pieces.append(piece)
-        except TEMPLATE_ERRORS as e:
-            raise InvalidRequest(f"the chat template refuses these messages: {e}", field="messages") from e
+        except _Refusal as refusal:
+            message = f"the chat template refuses these messages: {refusal.message}"
+            raise InvalidRequest(message, field="messages") from None
+        except MemoryError:
+            raise InvalidRequest("the chat template writes too much", field="messages") from None
+        except TEMPLATE_ERRORS as error:  # its message may quote the client's
+            message = f"the chat template fails on these messages ({type(error).__name__})"
+            raise InvalidRequest(message, field="messages") from None
         return "".join(pieces)
+
+
+class _Refusal(jinja2.TemplateError):
+    """The template's own word."""
+
+
+def _invalid(origin: str, error: Exception) -> CheckpointError:
+    return CheckpointError(origin, "chat_template", f"a valid Jinja template ({error})")
 
 
 def _environment() -> ImmutableSandboxedEnvironment:
@@ -82,7 +118,7 @@ def _environment() -> ImmutableSandboxedEnvironment:
 
 
 def _raise_exception(message: str) -> NoReturn:
-    raise jinja2.TemplateError(message)
+    raise _Refusal(message)
 
 
 def _strftime_now(format_: str) -> str:
@@ -101,12 +137,12 @@ def _tojson(
     )
 
 
-def load_chat_template(path: Path, override: str | None) -> ChatTemplate | None:
+def load_chat_template(path: Path, override: str | None) -> TemplateSource | None:
     """The template of a checkpoint directory, or of the file `override`; None if there is none."""
     config = _tokenizer_config(path)
     tokens = {name: text for name in SPECIAL_NAMES if (text := _token_text(config.get(name))) is not None}
     found = _find_source(path, config, override)
-    return ChatTemplate(found[1], tokens, origin=found[0]) if found else None
+    return TemplateSource(source=found[1], special_tokens=tokens, origin=found[0]) if found else None
 
 
 def _find_source(path: Path, config: dict[str, Any], override: str | None) -> tuple[str, str] | None:

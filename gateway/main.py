@@ -59,6 +59,7 @@ class Gateway:
         self, settings: GatewaySettings, model: ServedModel, telemetry: Telemetry | None = None
     ) -> None:
         self._settings = settings
+        self._model = model
         self.metrics = GatewayMetrics()
         gateway_id = f"gateway-{secrets.token_hex(4)}"
         self.telemetry = telemetry or from_environment(gateway_id)
@@ -138,6 +139,8 @@ class Gateway:
                 fleet.cancel()
                 await self._internal.stop(0)
                 await self._grammars.close()
+                if self._model.chat is not None:
+                    await self._model.chat.close()
 
     async def drain(self, timeout: float) -> None:
         """Not ready from now on; running requests have `timeout` seconds."""
@@ -207,6 +210,8 @@ async def serve(settings: GatewaySettings, shutdown: Shutdown) -> None:
     model = await asyncio.to_thread(
         load_model, path, name=settings.served_model_name, chat_template=settings.chat_template
     )
+    if model.chat is not None:
+        await model.chat.start()
     gateway = Gateway(settings, model)
     gateway.bind()
     settle()

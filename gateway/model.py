@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gateway.chat_template import ChatTemplate, load_chat_template
+from gateway.chat_renderer import ChatRenderer
+from gateway.chat_template import load_chat_template
 from gateway.tokenizer import TextTokenizer
 from gateway.validation import FLOAT_RANGES, ModelLimits
 from runtime.checkpoint_dir import file_hash
@@ -26,7 +27,7 @@ class ServedModel:
     """Directory of the checkpoint."""
     tokenizer: TextTokenizer
     """Text to token ids and back."""
-    chat_template: ChatTemplate | None
+    chat: ChatRenderer | None
     """None: the model has no chat template and chat is refused."""
     tokenizer_hash: str
     """Must equal that of every worker."""
@@ -38,22 +39,23 @@ class ServedModel:
         if asked and asked != self.name:
             raise NotFound(f"the model {asked!r} does not exist; {self.name!r} is served", field="model")
 
-    def template(self) -> ChatTemplate:
-        """The chat template; InvalidRequest if the model has none."""
-        if self.chat_template is None:
+    def renderer(self) -> ChatRenderer:
+        """The chat template at work; InvalidRequest if the model has none."""
+        if self.chat is None:
             raise InvalidRequest("this model has no chat template; use completions", field="messages")
-        return self.chat_template
+        return self.chat
 
 
 def load_model(path: Path, *, name: str | None, chat_template: str | None) -> ServedModel:
     """Read what the gateway needs of a checkpoint; CheckpointError names file and key."""
     tokenizer = TextTokenizer.load(path)
     config = _read_json(path / "config.json")
+    template = load_chat_template(path, chat_template)
     return ServedModel(
         name=name or path.name,
         root=path,
         tokenizer=tokenizer,
-        chat_template=load_chat_template(path, chat_template),
+        chat=ChatRenderer(template) if template is not None else None,
         tokenizer_hash=file_hash(path / "tokenizer.json"),
         limits=ModelLimits(
             max_model_len=_positive(path, config, "max_position_embeddings"),

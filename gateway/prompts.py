@@ -1,13 +1,14 @@
 """From what a client sends to the prompt's token ids, without holding up the event loop."""
 
 import asyncio
-import threading
 from collections.abc import Callable, Mapping, Sequence
 
-from gateway.chat_template import MAX_RENDER_S
 from gateway.model import ServedModel
 from gateway.tokenizer import TextTokenizer
 from runtime.errors import ContextLengthExceeded, InvalidRequest
+
+MAX_RENDER_S = 5.0
+"""A chat whose text is not there by then is refused; so are those that wait behind a slow template."""
 
 LARGE_TEXT_CHARS = 4096
 """Longer texts are worked on in a thread: this many take about a millisecond."""
@@ -55,23 +56,15 @@ async def _tokenize_text(model: ServedModel, text: str, add_special_tokens: bool
 
 
 async def _tokenize_messages(model: ServedModel, messages: Messages) -> list[int]:
-    template = model.template()
+    renderer = model.renderer()
     shield = model.tokenizer.shield()
     protected = [{name: shield.protect(text) for name, text in message.items()} for message in messages]
-    gave_up = threading.Event()
-
-    def work() -> list[int]:
-        rendered = template.render(protected, gave_up=gave_up)
-        return model.tokenizer.encode_rendered(rendered, shield)
-
-    num_chars = sum(len(text) for message in messages for text in message.values())
     try:
         async with asyncio.timeout(MAX_RENDER_S):
-            return await _off_loop(num_chars + 64 * len(messages), work)
+            rendered = await renderer.render(protected)
     except TimeoutError:
         raise InvalidRequest("the chat template takes too long", field="messages") from None
-    finally:
-        gave_up.set()
+    return await _off_loop(len(rendered), lambda: model.tokenizer.encode_rendered(rendered, shield))
 
 
 def bad_word_token_ids(tokenizer: TextTokenizer, words: Sequence[str]) -> list[list[int]]:

@@ -14,7 +14,7 @@ from tests.e2e.harness import Up, eventually
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(180)]
 
-ROLES = ("gateway.grammar_helper", "gateway", "prefill_svc", "decode_svc")
+ROLES = ("gateway.grammar_helper", "gateway.template_helper", "gateway", "prefill_svc", "decode_svc")
 patterns = (f"[a-f]{{{number}}}" for number in itertools.count(3))
 """Each a new one: verdicts on grammars are kept, and then the helper is not needed."""
 
@@ -58,9 +58,8 @@ def expect_whole(up: Up) -> None:
     """Everything is back, exactly once, and serves."""
     eventually(lambda: whole(up), 60, "all processes again")
     up.complete([3, 4, 5], temperature=0, max_tokens=8, guided_regex=next(patterns))
-    assert Counter(children(up).values()) == {
-        "gateway": 1, "gateway.grammar_helper": 1, "prefill_svc": 1, "decode_svc": 2,
-    }  # fmt: skip
+    assert up.client.post("/tokenize", json={"messages": [{"role": "user", "content": "x"}]}).is_success
+    assert Counter(children(up).values()) == dict.fromkeys(ROLES, 1) | {"decode_svc": 2}
     eventually(up.is_quiet, 5, "quiet")
 
 
@@ -77,7 +76,7 @@ def test_the_gateway_comes_back_on_its_ports_and_workers_give_its_requests_up(up
     assert "gateway was killed by signal 9; starting again in 0.5 s" in up.stderr
 
 
-@pytest.mark.parametrize("role", ["gateway.grammar_helper", "prefill_svc", "decode_svc"])
+@pytest.mark.parametrize("role", [role for role in ROLES if role != "gateway"])
 def test_everything_else_comes_back_too(up: Up, role: str) -> None:
     expect_whole(up)
     before = children(up)

@@ -263,6 +263,7 @@ HARMLESS_CALLS = {
     ),
 }
 HARMLESS_METHODS = {
+    "locked",
     "is_alive",
     *("all", "any"),
     *("blocks_for", "count", "endswith", "is_closed", "is_contiguous", "keys", "kept", "numel", "ref_count"),

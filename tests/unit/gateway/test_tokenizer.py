@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer
 
-from gateway.chat_template import ChatTemplate, load_chat_template
+from gateway.chat_template import MAX_SOURCE_CHARS, ChatTemplate, TemplateSource, load_chat_template
 from gateway.prompts import bad_word_token_ids
 from gateway.tokenizer import TextTokenizer
 from runtime.checkpoint_dir import bundled_model
@@ -102,6 +102,27 @@ def test_template_failures_are_the_requests(source: str) -> None:
     assert raised.value.field == "messages"
 
 
+def test_errors_quote_nobody_but_the_template() -> None:
+    with pytest.raises(InvalidRequest, match="refuses these messages: no such role") as refused:
+        render("{{ raise_exception('no such role') }}")
+    assert "fails" not in refused.value.message
+    for source in ("{{ messages[0]['content'] + 1 }}", "{{ {}[messages[0]['content']].x }}"):
+        with pytest.raises(InvalidRequest, match=r"fails on these messages \([A-Za-z]+\)") as failed:
+            render(source, content="canary")
+        assert "canary" not in failed.value.message
+
+
+def test_a_template_is_parsed_where_it_is_found_but_not_compiled() -> None:
+    """Compiling would evaluate these."""
+    for source in ("{{ 9**9**9 }}", "{{ 'x' * 10**12 }}", "{{ 'x'|center(10**12) }}"):
+        TemplateSource(source=source, special_tokens={}, origin="test")
+    for source in ("{% if %}", "{{ x", "{% for %}"):
+        with pytest.raises(CheckpointError, match="valid Jinja"):
+            TemplateSource(source=source, special_tokens={}, origin="test")
+    with pytest.raises(CheckpointError, match="at most"):
+        TemplateSource(source="x" * (MAX_SOURCE_CHARS + 1), special_tokens={}, origin="test")
+
+
 def test_where_a_template_is_found(tmp_path: Path) -> None:
     assert load_chat_template(tmp_path, None) is None
     (tmp_path / "tokenizer_config.json").write_text(
@@ -109,11 +130,11 @@ def test_where_a_template_is_found(tmp_path: Path) -> None:
     )
     found = load_chat_template(tmp_path, None)
     assert found is not None
-    assert found.render([]) == "config E"
+    assert ChatTemplate(**vars(found)).render([]) == "config E"
     (tmp_path / "chat_template.jinja").write_text("file")
     found = load_chat_template(tmp_path, None)
     assert found is not None
-    assert found.render([]) == "file"
+    assert ChatTemplate(**vars(found)).render([]) == "file"
     with pytest.raises(CheckpointError):
         load_chat_template(tmp_path, str(tmp_path / "missing"))
     (tmp_path / "chat_template.jinja").write_text("{% if %}")
