@@ -26,7 +26,6 @@ from engine.engine import Engine
 from engine.loader import LoadedModel, load_model
 from engine.plan import Scheduled
 from engine.request import Request, SamplingParams
-from engine.speculative.costs import CostTable
 from engine.speculative.factory import speculation_with
 from engine.speculative.proposer import Draft
 from runtime.checkpoint_dir import bundled_model
@@ -118,7 +117,7 @@ def engine_with(model: LoadedModel, arm: str, outputs: dict[object, list[int]]) 
     if arm.startswith("oracle"):
         proposer = Oracle(outputs, float(arm.split("=")[1]))
         speculation = speculation_with(
-            proposer, config, engine._runner.sampler, CostTable(), max_model_len=engine.facts.max_model_len
+            proposer, config, engine._runner.sampler, max_model_len=engine.facts.max_model_len
         )
         engine._runner.speculation = speculation
         engine._scheduler._extend = speculation.extend

@@ -1,9 +1,6 @@
 """What forward passes cost, learned while they run."""
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from math import log2
-from time import perf_counter
 
 from engine.batch import MIN_ROWS
 
@@ -25,21 +22,24 @@ class CostTable:
     their ratio: where there is hope it is tried out, and then known.
     """
 
-    def __init__(self, now: Callable[[], float] = perf_counter) -> None:
-        self._now = now
+    def __init__(self) -> None:
         self._seconds: dict[int, float] = {}
-        self.total_s = 0.0
-        """Seconds of all passes."""
+        self._counts: dict[int, int] = {}
 
     def observe(self, num_rows: int, seconds: float) -> None:
         """Take in one pass."""
         bucket = _bucket(num_rows)
         mean = self._seconds.get(bucket)
+        self._counts[bucket] = self._counts.get(bucket, 0) + 1
         if mean is None:
             self._seconds[bucket] = seconds
         else:
             weight = WEIGHT if seconds > mean else WEIGHT_OF_LESS
             self._seconds[bucket] = mean + weight * (min(seconds, MAX_JUMP * mean) - mean)
+
+    def num_observed(self, num_rows: int) -> int:
+        """Passes of about this size that were taken in."""
+        return self._counts.get(_bucket(num_rows), 0)
 
     def estimate(self, num_rows: int) -> float:
         """Seconds of a pass; 0 as long as nothing that small was measured."""
@@ -48,16 +48,6 @@ class CostTable:
         if known is None:
             return 0.0
         return float(self._seconds[known] * 2 ** ((bucket - known) / (2 * BUCKETS_PER_OCTAVE)))
-
-    @contextmanager
-    def measured(self, num_rows: int, *, typical: bool) -> Iterator[None]:
-        """Time the body; it counts towards the mean only if it is typical of its size."""
-        start = self._now()
-        yield
-        seconds = self._now() - start
-        self.total_s += seconds
-        if typical:
-            self.observe(num_rows, seconds)
 
 
 def _bucket(num_rows: int) -> int:

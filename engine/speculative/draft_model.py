@@ -17,7 +17,6 @@ from engine.models.decoder import Decoder
 from engine.plan import Scheduled
 from engine.request import Request, RequestState
 from engine.sampler import choose
-from engine.speculative.costs import CostTable
 from engine.speculative.proposer import NO_DRAFT, Draft
 from engine.speculative.rejection import draw_draft
 
@@ -40,12 +39,11 @@ class DraftModel:
     max_draft_tokens = 8
     reads_hidden = False
 
-    def __init__(self, module: Decoder, kv_cache: KvCache, *, by_rejection: bool, costs: CostTable) -> None:
+    def __init__(self, module: Decoder, kv_cache: KvCache, *, by_rejection: bool) -> None:
         self._module = module
         self._kv_group = kv_cache.groups[DRAFT_GROUP]
         self._block_size = kv_cache.tables.block_size
         self._by_rejection = by_rejection
-        self._costs = costs
 
     def propose(self, plan: Sequence[Scheduled]) -> list[Draft]:
         """Draw with the target's noise, or with noise of its own where verification is by rejection."""
@@ -108,10 +106,7 @@ class DraftModel:
 
     def _run(self, spans: Sequence[Span]) -> Tensor:
         """Logits [len(spans), vocab_size] behind each span."""
-        with self._costs.measured(
-            len(spans), typical=all(len(span.token_ids) <= USUAL_LAG for span in spans)
-        ):
-            return self._module.logits(self._forward(spans))[: len(spans)]
+        return self._module.logits(self._forward(spans))[: len(spans)]
 
     def _forward(self, spans: Sequence[Span]) -> Tensor:
         """Final hidden states of the spans' samples, padded; all KV."""

@@ -24,27 +24,20 @@ def make_speculation(
     """Proposer, verifier and policy of draft lengths; `model.draft` is loaded if one is asked for."""
     if config.speculative == "off":
         return NoSpeculation(sampler)
-    draft_costs = CostTable(clock_of(config.device))
     by_rejection = config.draft_acceptance == "rejection"
     if config.speculative == "ngram":
         proposer: Proposer = NgramProposer()
     else:
         assert model.draft is not None
-        proposer = DraftModel(model.draft.module, kv_cache, by_rejection=by_rejection, costs=draft_costs)
-    return speculation_with(proposer, config, sampler, draft_costs, max_model_len=model.facts.max_model_len)
+        proposer = DraftModel(model.draft.module, kv_cache, by_rejection=by_rejection)
+    return speculation_with(proposer, config, sampler, max_model_len=model.facts.max_model_len)
 
 
 def speculation_with(
-    proposer: Proposer,
-    config: EngineConfig,
-    sampler: Sampler,
-    draft_costs: CostTable,
-    *,
-    max_model_len: int,
+    proposer: Proposer, config: EngineConfig, sampler: Sampler, *, max_model_len: int
 ) -> Speculation:
-    """Speculation with any proposer; its passes are measured in `draft_costs`."""
-    clock = clock_of(config.device)
-    target_costs = CostTable(clock)
+    """Speculation with any proposer."""
+    target_costs, draft_costs = CostTable(), CostTable()
     lengths: Lengths
     if config.num_draft_tokens is None:
         lengths = AdaptiveLengths(target_costs, draft_costs, max_draft_tokens=proposer.max_draft_tokens)
@@ -52,7 +45,13 @@ def speculation_with(
         lengths = FixedLengths(config.num_draft_tokens)
     verifier = Verifier(sampler, by_rejection=config.draft_acceptance == "rejection")
     return DraftAndVerify(
-        proposer, verifier, lengths, target_costs=target_costs, max_model_len=max_model_len, now=clock
+        proposer,
+        verifier,
+        lengths,
+        target_costs=target_costs,
+        draft_costs=draft_costs,
+        max_model_len=max_model_len,
+        now=clock_of(config.device),
     )
 
 

@@ -25,6 +25,12 @@ MIN_GAIN = 1.03
 FIRST_PROBE_STEPS = 32
 """Steps without a draft after which one is tried again; doubled each time it does not pay."""
 MAX_PROBE_STEPS = 1024
+MIN_PLAIN_STEPS = 4
+"""Steps without a draft, of a size, before one with drafts is compared with them."""
+RECONSIDER_STEPS = 8
+"""A batch for which drafts do not pay is asked again after so many steps: asking costs time, too."""
+REFRESH_STEPS = 64
+"""Steps with drafts after which one has none: what it costs must not be an old story."""
 
 
 class AcceptanceRate:
@@ -88,6 +94,9 @@ class AdaptiveLengths:
         self._rates: WeakKeyDictionary[Request, AcceptanceRate] = WeakKeyDictionary()
         self._idle_steps = 0
         self._probe_after = FIRST_PROBE_STEPS
+        self._drafted_steps = 0
+        self._not_worth_it = 0
+        """Size of the batch for which drafts were last found not to pay; 0: they paid."""
 
     def observe(self, request: Request, num_draft_tokens: int, num_accepted: int) -> None:
         """What became of a draft."""
@@ -98,12 +107,19 @@ class AdaptiveLengths:
         """Draft tokens of each decoding request."""
         if not plan:
             return []
+        if self._must_refresh(len(plan)):
+            return [0] * len(plan)
+        if self._not_worth_it == len(plan) and self._idle_steps % RECONSIDER_STEPS:
+            return [self._probe()] * len(plan)
         rates = [self._rate(item.request).value for item in plan]
         mean = sum(rates) / len(rates)
         longest = self._worthwhile(len(plan), mean)
         if longest:
+            self._drafted_steps += 1
             self._idle_steps, self._probe_after = 0, FIRST_PROBE_STEPS
+            self._not_worth_it = 0
             return [self._cut(longest, rate, len(plan)) for rate in rates]
+        self._not_worth_it = len(plan)
         return [self._probe()] * len(plan)
 
     def expected_speedup(self, num_requests: int, rate: float, num_draft_tokens: int) -> float:
@@ -112,6 +128,15 @@ class AdaptiveLengths:
         drafted = self._target.estimate(num_requests * (num_draft_tokens + 1))
         cost = drafted + num_draft_tokens * self._draft.estimate(num_requests)
         return expected_tokens(rate, num_draft_tokens) * plain / cost if cost else 1.0
+
+    def _must_refresh(self, num_requests: int) -> bool:
+        """Whether too little is known of what a step without drafts costs."""
+        if self._target.num_observed(num_requests) < MIN_PLAIN_STEPS:
+            return True
+        if self._drafted_steps < REFRESH_STEPS:
+            return False
+        self._drafted_steps = 0
+        return True
 
     def _worthwhile(self, num_requests: int, rate: float) -> int:
         """The length with the best speed-up; 0 if none is worth it."""

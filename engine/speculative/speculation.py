@@ -117,6 +117,7 @@ class DraftAndVerify:
         lengths: Lengths,
         *,
         target_costs: CostTable,
+        draft_costs: CostTable,
         max_model_len: int,
         now: Callable[[], float] = perf_counter,
     ) -> None:
@@ -124,6 +125,7 @@ class DraftAndVerify:
         self._verifier = verifier
         self._lengths = lengths
         self._target_costs = target_costs
+        self._draft_costs = draft_costs
         self._max_model_len = max_model_len
         self._now = now
         self._began = 0.0
@@ -157,7 +159,7 @@ class DraftAndVerify:
         if any(item.num_draft_tokens for item in plan):
             start = self._now()
             drafts = self._proposer.propose(plan)
-            self.stats.draft_s += self._now() - start
+            self._charge(drafts, self._now() - start)
         else:
             drafts = [NO_DRAFT] * len(plan)
         self._began = self._now()
@@ -166,6 +168,13 @@ class DraftAndVerify:
             for item, draft in zip(plan, drafts, strict=True)
         ]
         return Proposal(filled, drafts)
+
+    def _charge(self, drafts: Sequence[Draft], seconds: float) -> None:
+        """A draft's tokens are drawn one after the other, each for all requests at once."""
+        self.stats.draft_s += seconds
+        lengths = [len(draft.token_ids) for draft in drafts if draft.token_ids]
+        if lengths:
+            self._draft_costs.observe(len(lengths), seconds / max(lengths))
 
     def follow(self, plan: Sequence[Scheduled], hidden: Tensor) -> None:
         """The target has computed the plan."""

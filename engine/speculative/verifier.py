@@ -54,6 +54,9 @@ class Verifier:
         logits: fp32 [num_rows, vocab_size], as `engine.batch.build_batch` orders the rows; drafts: one for
         each item of the plan.
         """
+        if not any(draft.token_ids for draft in drafts):
+            requests = [each for item in plan if item.samples for each in item.request.samplers]
+            return self._sampler.sample(logits, requests)
         plain, drafted = _places(plan, drafts)
         rejecting = [each for each in drafted if self._rejects(each.request)]
         others = [each for each in drafted if not self._rejects(each.request)]

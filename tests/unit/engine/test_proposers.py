@@ -1,5 +1,3 @@
-from itertools import count
-
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -9,6 +7,8 @@ from engine.request import Request, SamplingParams
 from engine.speculative.costs import CostTable
 from engine.speculative.lengths import (
     FIRST_PROBE_STEPS,
+    MIN_PLAIN_STEPS,
+    REFRESH_STEPS,
     AcceptanceRate,
     AdaptiveLengths,
     expected_tokens,
@@ -57,17 +57,6 @@ def test_costs_are_running_means_and_an_outlier_counts_little():
     assert costs.estimate(8) == pytest.approx(0.6)
 
 
-def test_a_pass_is_timed_and_counts_for_its_size_only_if_typical():
-    ticks = count()
-    costs = CostTable(lambda: float(next(ticks)))
-    with costs.measured(8, typical=False):
-        pass
-    assert (costs.estimate(8), costs.total_s) == (0.0, 1.0)
-    with costs.measured(8, typical=True):
-        pass
-    assert (costs.estimate(8), costs.total_s) == (1.0, 2.0)
-
-
 @pytest.mark.parametrize("rate", [0.1, 0.5, 0.9])
 def test_an_acceptance_rate_is_found_from_drafts_of_any_length(rate):
     import random
@@ -91,7 +80,7 @@ def test_expected_tokens_is_the_geometric_sum():
 def lengths(row_cost, fixed_cost, draft_cost, max_draft_tokens=8):
     """A policy whose costs are measured at every size: fixed_cost + row_cost * rows."""
     target, draft = CostTable(), CostTable()
-    for rows in range(1, 300):
+    for rows in [row for row in range(1, 300) for _ in range(MIN_PLAIN_STEPS)]:
         target.observe(rows, fixed_cost + row_cost * rows)
         draft.observe(rows, draft_cost)
     return AdaptiveLengths(target, draft, max_draft_tokens=max_draft_tokens)
@@ -135,6 +124,16 @@ def test_a_request_with_a_bad_draft_gets_a_shorter_one_than_its_neighbours():
     accept(policy, items[7:], 0)
     chosen = policy.choose(items)
     assert chosen[7] < min(chosen[:7])
+
+
+def test_what_a_plain_step_costs_is_never_an_old_story():
+    policy, items = lengths(0.0, 1.0, 0.02), plan(3)
+    accept(policy, items, 4)
+    chosen = [policy.choose(items)[0] for _ in range(2 * REFRESH_STEPS + 2)]
+    assert [step for step, length in enumerate(chosen) if length == 0] == [
+        REFRESH_STEPS,
+        2 * REFRESH_STEPS + 1,
+    ]
 
 
 def test_nothing_is_drafted_before_a_plain_step_was_measured():
