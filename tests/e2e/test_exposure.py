@@ -168,6 +168,9 @@ def test_nothing_answers_a_stranger(exposed: tuple[Up, str]) -> None:
 def test_the_secrets_stand_on_no_command_line_of_ours(exposed: tuple[Up, str]) -> None:
     up, _ = exposed
     for process in psutil.Process(up.process.pid).children(recursive=True):
-        secret = process.environ()["TANDEM_INTERNAL_SECRET"]
+        words, secret = process.cmdline(), process.environ().get("TANDEM_INTERNAL_SECRET")
+        if secret is None:
+            assert any(word.endswith("_helper") for word in words), "only helpers do without"
+            continue
         assert len(secret) > 40
-        assert not any(secret in word or KEY in word for word in process.cmdline())
+        assert not any(secret in word or KEY in word for word in words)
