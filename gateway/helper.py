@@ -9,6 +9,7 @@ import contextlib
 import json
 import logging
 import os
+import signal
 import sys
 from asyncio.subprocess import PIPE, Process
 from collections.abc import AsyncIterator, Mapping
@@ -27,6 +28,9 @@ RESTART_PAUSE_S = 0.2
 
 START_TIMEOUT_S = 30.0
 """A large tokenizer takes seconds."""
+
+DEATH_S = 1.0
+"""From the end of its streams to the end of the process."""
 
 PASSED_ON = ("PATH", "HOME", "LANG", "LC_ALL", "LD_LIBRARY_PATH", "PYTHONOPTIMIZE")
 
@@ -90,12 +94,9 @@ class Helper:
         A process that was interrupted is ended: its next line would be stale.
         """
         assert self._turn.locked()
-        process = await self._running()
         done = False
         try:
-            async with asyncio.timeout(self._answer_timeout_s):
-                await _write(process, question)
-                answer = await _read(process)
+            answer = await self._answer(question)
             done = True
         except (TimeoutError, OSError, EOFError, ValueError):
             logger.warning("%s did not survive a question: it is started anew", self._name)
@@ -104,6 +105,31 @@ class Helper:
             if not done:
                 await self._end()
         return answer
+
+    async def _answer(self, question: Mapping[str, Any]) -> dict[str, Any]:
+        try:
+            return await self._exchange(question)
+        except (ConnectionError, EOFError):
+            if not await self._was_killed():
+                raise
+        return await self._exchange(question)
+
+    async def _exchange(self, question: Mapping[str, Any]) -> dict[str, Any]:
+        process = await self._running()
+        async with asyncio.timeout(self._answer_timeout_s):
+            await _write(process, question)
+            return await _read(process)
+
+    async def _was_killed(self) -> bool:
+        """Whether it died of a SIGKILL, which is somebody else's doing: its limits end it in other ways."""
+        process, self._process = self._process, None
+        assert process is not None
+        try:
+            async with asyncio.timeout(DEATH_S):
+                return await process.wait() == -signal.SIGKILL
+        except TimeoutError:  # it lives, but we cannot talk to it
+            await _kill(process)
+            return True
 
     async def _running(self) -> Process:
         if self._process is None or self._process.returncode is not None:
@@ -156,8 +182,12 @@ async def _kill(process: Process) -> None:
 
 
 async def _write(process: Process, message: Mapping[str, Any]) -> None:
+    """BrokenPipeError if it does not listen any more."""
     assert process.stdin is not None
-    process.stdin.write(orjson.dumps(message) + b"\n")
+    try:
+        process.stdin.write(orjson.dumps(message) + b"\n")
+    except RuntimeError as error:  # uvloop's word for a pipe that is closed
+        raise BrokenPipeError(str(error)) from error
     await process.stdin.drain()
 
 

@@ -104,6 +104,17 @@ async def test_the_next_chat_has_a_new_process(renderer: Any) -> None:
     assert others == [fine] * 3
 
 
+async def test_one_that_somebody_else_kills_is_nobodys_error(renderer: Any) -> None:
+    here = renderer(GOOD)
+    fine = await here.render(CHAT)
+    for settled in (True, False):
+        (child,) = [p for p in psutil.Process().children() if "gateway.template_helper" in p.cmdline()]
+        child.kill()
+        if settled:
+            await asyncio.to_thread(child.wait, 5)
+        assert await here.render(CHAT) == fine
+
+
 async def test_it_has_no_secrets_and_no_room(renderer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TANDEM_INTERNAL_SECRET", "hush")
     monkeypatch.setenv("HF_TOKEN", "hush")
