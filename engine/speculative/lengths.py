@@ -22,7 +22,7 @@ MEMORY_TOKENS = 48.0
 """Draft tokens that a rate remembers."""
 MIN_GAIN = 1.03
 """Tokens a second, by the estimate, for which it is worth to draft."""
-FIRST_PROBE_STEPS = 32
+FIRST_PROBE_STEPS = 128
 """Steps without a draft after which one is tried again; doubled each time it does not pay."""
 MAX_PROBE_STEPS = 1024
 MIN_PLAIN_STEPS = 4

@@ -10,6 +10,7 @@ from engine.engine import Engine
 from engine.loader import load_model
 from engine.request import Request, SamplingParams
 from runtime.checkpoint_dir import bundled_model
+from runtime.grammars import Grammar
 
 torch.set_num_threads(1)
 
@@ -23,6 +24,8 @@ SURFACE = (
     {"temperature": 0.5, "min_p": 0.05, "min_tokens": 8, "ignore_eos": False},
     {"temperature": 0.3, "logit_bias": {17: 3.0, 40: -5.0}, "bad_words": ((300, 301), (9,))},
     {"temperature": 1.2, "typical_p": 0.9, "stop_token_ids": tuple(range(200, 260))},
+    {"temperature": 0.8, "grammar": Grammar("regex", r"(def|class) [a-z_]{1,12}(\([a-z, ]*\))?:( [a-z ]+)*")},
+    {"temperature": 0.0, "grammar": Grammar("json_object", "")},
 )
 
 
