@@ -75,13 +75,35 @@ class LocalKvPool:
         self, group: int, block_ids: Sequence[int], first_layer: int, num_layers: int, slab: Tensor
     ) -> int:
         """See KvPool."""
-        return ops.gather_blocks(self.groups[group], block_ids, first_layer, num_layers, slab)
+        copy = ops.gather_blocks if slab.device == self.groups[group].device else gather_staged
+        return copy(self.groups[group], block_ids, first_layer, num_layers, slab)
 
     def scatter(
         self, group: int, block_ids: Sequence[int], first_layer: int, num_layers: int, slab: Tensor
     ) -> int:
         """See KvPool."""
-        return ops.scatter_blocks(self.groups[group], block_ids, first_layer, num_layers, slab)
+        copy = ops.scatter_blocks if slab.device == self.groups[group].device else scatter_staged
+        return copy(self.groups[group], block_ids, first_layer, num_layers, slab)
+
+
+def gather_staged(
+    group: Tensor, block_ids: Sequence[int], first_layer: int, num_layers: int, slab: Tensor
+) -> int:
+    """kernels.ops.gather_blocks into a slab on another device: one launch, then one copy between devices."""
+    staging = torch.empty_like(slab, device=group.device)
+    num_bytes = ops.gather_blocks(group, block_ids, first_layer, num_layers, staging)
+    slab[:num_bytes].copy_(staging[:num_bytes])
+    return num_bytes
+
+
+def scatter_staged(
+    group: Tensor, block_ids: Sequence[int], first_layer: int, num_layers: int, slab: Tensor
+) -> int:
+    """kernels.ops.scatter_blocks from a slab on another device; the slab is free on return."""
+    block_bytes = group[:, :, 0].nbytes // len(group)
+    num_bytes = block_bytes * num_layers * len(block_ids)
+    staging = slab[:num_bytes].to(group.device, copy=True)
+    return ops.scatter_blocks(group, block_ids, first_layer, num_layers, staging)
 
 
 def _allocate(spec: KvGroupSpec, num_blocks: int, block_size: int, device: torch.device) -> Tensor:
