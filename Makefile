@@ -5,6 +5,8 @@
 # make bench-speculation   tokens a second with speculation over without
 # make bench-policies   scheduling policies on recorded traces, simulated
 # make kernels-aot   compile every Triton kernel, no GPU needed
+# make chaos   real processes under random faults (ARGS="--seconds 300 --seed 7")
+# make model   the transfer protocol, checked by Spin
 # make check   style, types, layers, sizes, wire format
 
 VENV := .venv
@@ -17,7 +19,7 @@ TEST_ENV := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive GOMP_SPINCOUNT=0
 SOURCES := protos gateway prefill_svc decode_svc worker engine kvtransfer kernels runtime tandem
 ALL := $(SOURCES) compose tests tools $(wildcard benchmarks)
 
-.PHONY: serve test test-optimized test-long check protos dashboards kernels-aot bench bench-split bench-cpu bench-policies bench-speculation bench-tracing clean
+.PHONY: serve test test-optimized test-long chaos model check protos dashboards kernels-aot bench bench-split bench-cpu bench-policies bench-speculation bench-tracing clean
 
 serve: $(VENV)/.installed
 	@exec $(BIN)/tandem up $(ARGS)
@@ -31,6 +33,13 @@ test-optimized: $(VENV)/.installed-dev
 
 test-long: $(VENV)/.installed-dev
 	$(TEST_ENV) $(BIN)/python -m pytest -m "long and not gpu" $(ARGS)
+
+chaos: $(VENV)/.installed-dev
+	$(TEST_ENV) $(BIN)/python -m tests.faults.soak $(ARGS)
+
+# Installs nothing, and says so when spin is missing.
+model:
+	@python3 -m tests.model.check
 
 check: $(VENV)/.installed-dev
 	$(BIN)/ruff check $(ALL)
