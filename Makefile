@@ -3,6 +3,7 @@
 # make bench-split  split beside co-located on this machine
 # make bench-cpu  Tandem beside its peers on this CPU
 # make bench-speculation   tokens a second with speculation over without
+# make bench-gateway   one gateway process under 2,048 streams
 # make bench-policies   scheduling policies on recorded traces, simulated
 # make kernels-aot   compile every Triton kernel, no GPU needed
 # make chaos   real processes under random faults (ARGS="--seconds 300 --seed 7")
@@ -19,7 +20,7 @@ TEST_ENV := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive GOMP_SPINCOUNT=0
 SOURCES := protos gateway prefill_svc decode_svc worker engine kvtransfer kernels runtime tandem
 ALL := $(SOURCES) compose tests tools $(wildcard benchmarks)
 
-.PHONY: serve test test-optimized test-long chaos model check protos dashboards kernels-aot bench bench-split bench-cpu bench-policies bench-speculation bench-tracing clean
+.PHONY: serve test test-optimized test-long chaos model check protos dashboards kernels-aot bench bench-split bench-cpu bench-policies bench-speculation bench-tracing bench-gateway clean
 
 serve: $(VENV)/.installed
 	@exec $(BIN)/tandem up $(ARGS)
@@ -75,6 +76,10 @@ bench-speculation: $(VENV)/.installed
 
 bench-policies: $(VENV)/.installed
 	$(BIN)/python -m benchmarks.policies $(ARGS)
+
+# Results go to benchmarks/results/gateway.json and gateway.md.
+bench-gateway: $(VENV)/.installed-dev
+	$(TEST_ENV) $(BIN)/python -m benchmarks.gateway $(ARGS)
 
 # CPU-seconds of all processes with every request traced, and without.
 bench-tracing: $(VENV)/.installed-dev
