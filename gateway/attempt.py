@@ -153,7 +153,7 @@ class Progress:
         if num_seen < 0:
             self._fail(source, f"a gap before token {frame.start_index}")
             return NOTHING
-        if list(frame.token_ids[:num_seen]) != choice.emitted[frame.start_index :][: len(frame.token_ids)]:
+        if num_seen and not _agrees(frame, choice.emitted[frame.start_index :]):
             self._fail(source, f"other tokens at {frame.start_index} than before")
             return NOTHING
         choice.decode_spoke |= source is Source.DECODE
@@ -217,6 +217,11 @@ class Progress:
         assert self.attempt >= -1
         assert self.attempt >= 0 or not self.is_over
         assert not any(choice.early_finish and choice.decode_spoke for choice in self.choices)
+
+
+def _agrees(frame: pb.TokenFrame, seen: list[int]) -> bool:
+    """Whether a frame begins with what is known of it; `seen` may be longer than the frame."""
+    return list(frame.token_ids[: len(seen)]) == seen[: len(frame.token_ids)]
 
 
 def _to_error(failed: pb.AttemptFailed) -> TandemError:

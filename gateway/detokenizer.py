@@ -58,6 +58,18 @@ class Vocabulary:
         self.byte_level = is_byte_level(tokenizer)
         added = tokenizer.get_added_tokens_decoder()
         self._special_ids = frozenset(token_id for token_id, token in added.items() if token.special)
+        self._shown_bytes: dict[int, bytes] = {}
+
+    def shown_bytes(self, token_id: int) -> bytes:
+        """Of a byte-level vocabulary: what the token adds to a text; b"" for special and unknown ids."""
+        try:
+            return self._shown_bytes[token_id]
+        except KeyError:
+            entry = self.spelling(token_id)
+            raw = b"" if entry is None else spelled_bytes(entry)
+            if entry is not None:  # so that the table is never larger than the vocabulary
+                self._shown_bytes[token_id] = raw
+            return raw
 
     def spelling(self, token_id: int) -> str | None:
         """The vocabulary's entry if the token shows in text; None for special and unknown ids."""
@@ -102,8 +114,7 @@ class ByteLevelDetokenizer:
 
     def push(self, token_id: int) -> str:
         """Text that this token completes."""
-        entry = self._vocabulary.spelling(token_id)
-        return self._utf8.decode(spelled_bytes(entry)) if entry is not None else ""
+        return self._utf8.decode(self._vocabulary.shown_bytes(token_id))
 
     def finish(self) -> str:
         """A replacement character if a character is left unfinished."""

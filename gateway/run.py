@@ -106,8 +106,13 @@ class RequestRun:
         """End the request with an error; Cancelled ends it with finish reason ABORT."""
         self._inbox.interrupt(error)
 
+    def _expire(self) -> None:
+        self._inbox.interrupt(DeadlineExceeded("the request's deadline passed"))
+
     async def deltas(self) -> AsyncGenerator[Delta, None]:
         """The request's output; the last delta of each choice has finish_reason, the very last one usage."""
+        # One timer for the whole request: one for each wait is dear, and there is a wait for every token.
+        deadline = asyncio.get_running_loop().call_at(self._request.deadline, self._expire)
         try:
             async with aclosing(self._all_attempts()) as attempts:
                 async for delta in attempts:
@@ -118,6 +123,7 @@ class RequestRun:
                 yield delta
             yield self._with_usage(last)
         finally:
+            deadline.cancel()
             self._watch.end()
             self._metrics.dropped_frames.inc(self._progress.dropped_frames)
 
@@ -156,11 +162,7 @@ class RequestRun:
         yield self._with_usage(last)
 
     async def _arrivals(self) -> list[Arrival]:
-        try:
-            async with asyncio.timeout_at(self._request.deadline):
-                return self.prompt_logprobs.admit(await self._inbox.get())
-        except TimeoutError:
-            raise DeadlineExceeded("the request's deadline passed") from None
+        return self.prompt_logprobs.admit(await self._inbox.get())
 
     def _merge(self, arrivals: list[Arrival]) -> list[Delta]:
         """What has come, as output: at most one delta for each choice."""
@@ -168,7 +170,8 @@ class RequestRun:
         for source, attempt, what in arrivals:
             if isinstance(what, pb.TokenFrame):
                 tokens = self._progress.on_frame(source, what)
-                new[what.choice] = new.get(what.choice, NOTHING).followed_by(tokens)
+                before = new.get(what.choice)
+                new[what.choice] = tokens if before is None else before.followed_by(tokens)
             elif isinstance(what, pb.AttemptEnd):
                 self._progress.on_end(source, what)
             else:
