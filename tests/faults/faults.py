@@ -47,7 +47,8 @@ def stall(pid: int, seconds: float) -> None:
     try:
         eventually(lambda: process_state(pid) == "T", 1, f"{pid} stopped")
         time.sleep(seconds)
-        assert process_state(pid) == "T", f"{pid} did not stay stopped"
+        state = process_state(pid)
+        assert state == "T", f"{pid} did not stay stopped"
     finally:
         os.kill(pid, signal.SIGCONT)
     eventually(lambda: process_state(pid) != "T", 1, f"{pid} running")
