@@ -5,6 +5,21 @@ import logging
 import sys
 import time
 
+OURS = (
+    "gateway",
+    "worker",
+    "prefill_svc",
+    "decode_svc",
+    "engine",
+    "kvtransfer",
+    "kernels",
+    "runtime",
+    "tandem",
+)
+"""Packages that log at the level asked for; of others only warnings: nobody knows whom they quote."""
+
+LEVELS = {name: getattr(logging, name.upper()) for name in ("debug", "info", "warning", "error")}
+
 FIELDS = ("request_id", "worker", "link")
 
 
@@ -40,6 +55,6 @@ def setup(service: str, level: str, style: str) -> None:
         handler.setFormatter(
             logging.Formatter(f"%(asctime)s %(levelname)-7s {service} %(message)s", datefmt="%H:%M:%S")
         )
-    logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
-    for noisy in ("httpx", "httpcore", "uvicorn.error", "asyncio"):
-        logging.getLogger(noisy).setLevel(max(logging.WARNING, logging.getLogger().level))
+    logging.basicConfig(level=max(logging.WARNING, LEVELS[level]), handlers=[handler], force=True)
+    for package in OURS:
+        logging.getLogger(package).setLevel(LEVELS[level])

@@ -10,6 +10,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 os.environ.setdefault("GOMP_SPINCOUNT", "0")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")  # as in `python -m gateway`
 if not os.path.exists("/dev/nvidiactl"):
     # Without a GPU Triton's kernels run in its interpreter, which has to be known when they are defined.
     os.environ.setdefault("TRITON_INTERPRET", "1")

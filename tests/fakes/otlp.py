@@ -37,6 +37,7 @@ class Collector:
         self.spans: list[Span] = []
         self.histograms: list[tuple[str, Any]] = []
         self.num_exports = 0
+        self.bodies: list[bytes] = []
 
     def trace(self, trace_id: str) -> list[Span]:
         """The spans of one trace, by start."""
@@ -44,6 +45,7 @@ class Collector:
 
     def take(self, path: str, body: bytes) -> None:
         self.num_exports += 1
+        self.bodies.append(body)
         if path == "/v1/traces":
             self.spans += list(_spans(ExportTraceServiceRequest.FromString(body)))
         elif path == "/v1/metrics":
