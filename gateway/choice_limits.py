@@ -3,11 +3,9 @@
 import math
 from collections.abc import Mapping
 
+from gateway.limits import MAX_CHOICES, MAX_LENGTH_PENALTY
 from protos.tandem.v1 import common_pb2 as pb
 from runtime.errors import InvalidRequest
-
-MAX_CHOICES = 8
-MAX_LENGTH_PENALTY = 5.0
 
 BEAM_VALUES: Mapping[str, tuple[float, ...]] = {
     "temperature": (1, 0),

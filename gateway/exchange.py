@@ -13,6 +13,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from gateway.limits import MAX_HEADER_BYTES, MAX_HEADERS, MAX_REQUEST_ID_CHARS, MAX_URL_BYTES
 from runtime.admin_http import json_response
 from runtime.errors import Cancelled, Internal, InvalidRequest, NotFound, PayloadTooLarge, TandemError
 
@@ -24,9 +25,7 @@ BODY_TIMEOUT_S = 10.0
 SEND_TIMEOUT_S = 30.0
 """A client that takes nothing for this long is taken for gone."""
 
-MAX_HEADER_BYTES = 32 * 1024
-
-REQUEST_ID = re.compile(r"[!-~]{1,128}")
+REQUEST_ID = re.compile(rf"[!-~]{{1,{MAX_REQUEST_ID_CHARS}}}")
 
 ERROR_TYPES = {400: "invalid_request_error", 404: "not_found_error", 413: "invalid_request_error"} | {
     409: "invalid_request_error",
@@ -124,17 +123,27 @@ def with_request_id(app: ASGIApp) -> ASGIApp:
                 message["headers"] = [*message["headers"], (b"x-request-id", request_id.encode())]
             await send(message)
 
-        if sum(len(name) + len(value) for name, value in scope["headers"]) > MAX_HEADER_BYTES:
-            return await _too_many_headers(scope, receive, send_with_id)
+        refusal = _too_large(scope)
+        if refusal is not None:
+            return await refusal(scope, receive, send_with_id)
         return await app(scope, receive, send_with_id)
 
     return wrapped
 
 
-async def _too_many_headers(scope: Scope, receive: Receive, send: Send) -> None:
-    body = {"message": "the headers are too large", "type": "invalid_request_error"}
-    response = json_response({"error": body | {"param": None, "code": None}}, 431)
-    await response(scope, receive, send)
+def _too_large(scope: Scope) -> Response | None:
+    """The answer to a request whose head is over a limit."""
+    headers = scope["headers"]
+    if len(scope["raw_path"]) + len(scope["query_string"]) > MAX_URL_BYTES:
+        status, message = 414, f"the URL must have at most {MAX_URL_BYTES} bytes"
+    elif len(headers) > MAX_HEADERS:
+        status, message = 431, f"at most {MAX_HEADERS} headers"
+    elif sum(len(name) + len(value) for name, value in headers) > MAX_HEADER_BYTES:
+        status, message = 431, f"the headers must have at most {MAX_HEADER_BYTES} bytes"
+    else:
+        return None
+    body = {"message": message, "type": "invalid_request_error", "param": None, "code": None}
+    return json_response({"error": body}, status, {"connection": "close"})
 
 
 async def until_disconnect(receive: Receive, work: Coroutine[Any, Any, T]) -> T:

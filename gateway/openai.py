@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from gateway.prompts import Messages
+from gateway.prompts import Messages, check_num_messages
 from gateway.structured import FIELDS as STRUCTURED_FIELDS
 from gateway.structured import structured_output
 from protos.tandem.v1 import common_pb2 as pb
@@ -17,8 +17,6 @@ Body = dict[str, Any]
 
 DEFAULT_COMPLETION_TOKENS = 16
 """OpenAI's default of max_tokens for /v1/completions."""
-
-MAX_MESSAGES = 2048
 
 UINT32 = (0, 2**32 - 1)
 INT32 = (-(2**31), 2**31 - 1)
@@ -149,8 +147,7 @@ def messages(body: Body) -> Messages:
     items = body.get("messages")
     if not isinstance(items, list) or not items:
         raise InvalidRequest("messages must be a list with at least one message", field="messages")
-    if len(items) > MAX_MESSAGES:
-        raise InvalidRequest(f"messages: at most {MAX_MESSAGES}, got {len(items)}", field="messages")
+    check_num_messages(len(items))
     return tuple(_message(item, f"messages[{index}]") for index, item in enumerate(items))
 
 

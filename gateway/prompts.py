@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import Callable, Mapping, Sequence
 
+from gateway.limits import MAX_MESSAGES
 from gateway.model import ServedModel
 from gateway.tokenizer import TextTokenizer
 from runtime.errors import ContextLengthExceeded, InvalidRequest
@@ -35,7 +36,14 @@ async def tokenize(
         return await _tokenize_text(model, prompt, add_special_tokens)
     if not prompt:
         raise InvalidRequest("messages must not be empty", field="messages")
+    check_num_messages(len(prompt))
     return await _tokenize_messages(model, prompt)
+
+
+def check_num_messages(num_messages: int) -> None:
+    """Raise InvalidRequest for a chat that is too long to be looked at."""
+    if num_messages > MAX_MESSAGES:
+        raise InvalidRequest(f"messages: at most {MAX_MESSAGES}, got {num_messages}", field="messages")
 
 
 def _check_size(model: ServedModel, prompt: str | Messages, max_tokens: int) -> None:

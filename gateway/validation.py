@@ -9,18 +9,19 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from gateway.choice_limits import complete_choices
+from gateway.limits import (
+    MAX_BAD_WORD_BYTES,
+    MAX_BAD_WORDS,
+    MAX_CACHE_SALT_BYTES,
+    MAX_GRAMMAR_BYTES,
+    MAX_LOGIT_BIAS,
+    MAX_LOGPROBS,
+    MAX_STOP_BYTES,
+    MAX_STOP_TOKEN_IDS,
+    MAX_STOPS,
+)
 from protos.tandem.v1 import common_pb2 as pb
 from runtime.errors import ContextLengthExceeded, InvalidRequest
-
-MAX_STOPS = 16
-MAX_STOP_BYTES = 256
-MAX_STOP_TOKEN_IDS = 256
-MAX_CACHE_SALT_BYTES = 256
-MAX_LOGPROBS = 20
-MAX_LOGIT_BIAS = 300
-MAX_GRAMMAR_BYTES = 128 * 1024
-MAX_BAD_WORDS = 32
-MAX_BAD_WORD_BYTES = 256
 
 GREEDY_BELOW = 1e-4
 """A positive temperature under this is greedy: logits divided by it would overflow."""
