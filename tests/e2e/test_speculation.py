@@ -41,13 +41,14 @@ def test_the_tokens_are_those_of_speculation_off(split: Up, plain: Up, one_sided
     assert outputs(one_sided) == undisturbed
 
 
-def test_accepted_tokens_are_counted_in_usage_and_metrics(split: Up, plain: Up) -> None:
+def test_accepted_tokens_are_counted_in_usage_and_metrics(one_sided: Up, plain: Up) -> None:
+    # The number of draft tokens is pinned: by itself a worker may find that drafting does not pay here.
     def accepted() -> float:
         name = "tandem_spec_accepted_tokens_total"
-        return sum(split.metric(worker["http"], name) for worker in split.workers("decode"))
+        return sum(one_sided.metric(worker["http"], name) for worker in one_sided.workers("decode"))
 
     before = accepted()
-    usage = split.complete(PROMPTS[0], max_tokens=60, temperature=0, ignore_eos=True)["usage"]
+    usage = one_sided.complete(PROMPTS[0], max_tokens=60, temperature=0, ignore_eos=True)["usage"]
     details = usage["completion_tokens_details"]
     assert details["accepted_prediction_tokens"] > 0
     assert accepted() - before >= details["accepted_prediction_tokens"]
