@@ -30,10 +30,10 @@ from kvtransfer.actions import (
 )
 from kvtransfer.handshake import answer
 from kvtransfer.plan import choose_slab_bytes
-from kvtransfer.pump import NUM_SLABS, ReceiverPump, make_slabs
 from kvtransfer.receiver import ReceiverLink
+from kvtransfer.receiver_pump import ReceiverPump
 from kvtransfer.states import Tombstones, TransferState
-from kvtransfer.transport import Transport
+from kvtransfer.transport import NUM_SLABS, Transport
 from protos.tandem.v1 import common_pb2, kvlink_pb2, kvlink_pb2_grpc
 from runtime import rpc
 from runtime.clock import SystemClock
@@ -119,7 +119,7 @@ class DecodeLinks(kvlink_pb2_grpc.KvLinkServiceServicer):
         worker_id = hello.sender.worker_id
         welcome = self._answer(hello)
         stream.post(welcome)
-        transport = await open_transport(welcome.transport, 1, stream, self._parts.settings)
+        transport = await open_transport(welcome, 1, stream, self._parts.settings)
         ended = self._ended[worker_id]
         link = DecodeLink(self._parts, self._intake, stream, welcome, transport, ended, worker_id)
         before = self._links.pop(worker_id, None)
@@ -173,7 +173,6 @@ class DecodeLink:
         self._pump = ReceiverPump(
             link,
             transport,
-            make_slabs(welcome.num_slabs, welcome.frame_sizes[0]),
             deliver=self._deliver,
             post=stream.post,
             on_event=self._tell,

@@ -10,7 +10,8 @@ Life of a transfer here:
    received and dropped: the link stays usable for others.
 
 Slab ownership: free → (header) the transport's → (frame_received) the engine thread's → (frame_scattered)
-free. The sender holds one credit for each free slab, so a header always finds one.
+free, in the order of the headers (SlabRing). The sender holds one credit for each free slab, so a header
+always finds one.
 
 Not thread-safe: whoever shares it between threads guards it with one lock (kvtransfer.pump).
 """
@@ -47,6 +48,7 @@ from kvtransfer.messages import (
     Welcome,
 )
 from kvtransfer.plan import Rectangle, rectangle_bytes
+from kvtransfer.slab_ring import SlabRing
 from kvtransfer.states import (
     LinkStatistics,
     Tombstones,
@@ -67,25 +69,21 @@ class ReceiverLink:
     ) -> None:
         self._facts = facts
         self._sizes = welcome.frame_sizes
-        self._num_slabs = welcome.num_slabs
         self._clock = clock
         self._ended = Tombstones() if ended is None else ended
         self._transfers: dict[bytes, Incoming] = {}
         # Open tickets only; a smaller ticket than the next one that is missing here is dead.
         self._tickets: dict[int, Incoming] = {}
         self._next_ticket = 1
-        self._free_slabs = list(range(welcome.num_slabs))
-        # Frames that own a slab, by number.
-        self._frames: dict[int, IncomingFrame] = {}
-        self._next_frame = 0
+        self._slabs = SlabRing(welcome.num_slabs)
         self._counts: Counter[str] = Counter()
         self.epoch = welcome.epoch
         self.retired = False
 
     def initial_credit(self) -> Credit:
         """First message after the rendezvous: all slabs are free. Send it once."""
-        assert self._next_frame == 0
-        return Credit(slabs=self._num_slabs)
+        assert self._slabs.next_number == 0
+        return Credit(slabs=self._slabs.num_slabs)
 
     def reserve(self, transfer_id: bytes, num_blocks: int, num_cached_tokens: int) -> Reserved:
         """Bind a reservation of `num_blocks` blocks, of which the leading cached ones do not travel.
@@ -167,7 +165,7 @@ class ReceiverLink:
 
         Delivers it to the engine thread, or frees the slab if the transfer is dead or the bytes are wrong.
         """
-        assert self._frames[frame.number] is frame
+        assert self._slabs.owns(frame)
         transfer = self._live(frame)
         if transfer is None:
             self._count("dropped_frames")
@@ -189,7 +187,7 @@ class ReceiverLink:
 
         Call once per delivered frame, also after the epoch ended.
         """
-        assert self._frames[frame.number] is frame
+        assert self._slabs.owns(frame)
         actions = self._release(frame)
         transfer = self._live(frame)
         if transfer is None:
@@ -233,8 +231,8 @@ class ReceiverLink:
 
     @property
     def num_free_slabs(self) -> int:
-        """Slabs that neither the transport nor the engine thread owns."""
-        return len(self._free_slabs)
+        """Slabs of which the sender has the credit, or will when it is told."""
+        return self._slabs.num_free
 
     def statistics(self) -> LinkStatistics:
         """Counts since the epoch began."""
@@ -242,12 +240,11 @@ class ReceiverLink:
 
     def check(self) -> None:
         """Assert the invariants."""
-        owned = [frame.slab for frame in self._frames.values()]
-        assert sorted(owned + self._free_slabs) == list(range(self._num_slabs))
+        self._slabs.check()
         assert {t.transfer_id for t in self._tickets.values()} == {
             t.transfer_id for t in self._transfers.values() if t.ticket
         }
-        outstanding = Counter(f.transfer_id for f in self._frames.values() if self._live(f) is not None)
+        outstanding = Counter(f.transfer_id for f in self._slabs.frames if self._live(f) is not None)
         for transfer_id, transfer in self._transfers.items():
             assert transfer_id == transfer.transfer_id
             assert transfer_id not in self._ended
@@ -261,7 +258,7 @@ class ReceiverLink:
 
     def __repr__(self) -> str:
         states = {t.transfer_id.hex(): t.machine.state.name for t in self._transfers.values()}
-        life = "retired" if self.retired else f"free slabs {len(self._free_slabs)}/{self._num_slabs}"
+        life = "retired" if self.retired else f"free slabs {self.num_free_slabs}/{self._slabs.num_slabs}"
         return f"<ReceiverLink epoch {self.epoch} {life} {states}>"
 
     def _on_offer(self, message: Offer) -> list[ReceiverAction]:
@@ -297,20 +294,19 @@ class ReceiverLink:
             raise LinkViolation(f"ticket {header.ticket} was never issued")
         if not 0 <= header.size_index < len(self._sizes):
             raise LinkViolation(f"size index {header.size_index} of {len(self._sizes)}")
-        if not self._free_slabs:
+        if not self._slabs.num_free:
             raise LinkViolation("a frame without a credit")
         transfer = self._tickets.get(header.ticket)
         payload_bytes = 0 if transfer is None else self._announce(transfer, header)
         frame = IncomingFrame(
-            number=self._next_frame,
+            number=self._slabs.next_number,
             transfer_id=None if transfer is None else transfer.transfer_id,
             header=header,
-            slab=self._free_slabs.pop(),
+            slab=self._slabs.next_slab,
             payload_bytes=payload_bytes,
             size_bytes=self._sizes[header.size_index],
         )
-        self._next_frame += 1
-        self._frames[frame.number] = frame
+        self._slabs.take(frame)
         return [PostReceive(frame=frame)]
 
     def _announce(self, transfer: Incoming, header: FrameHeader) -> int:
@@ -380,9 +376,8 @@ class ReceiverLink:
         return self._tickets.get(frame.header.ticket) if frame.transfer_id is not None else None
 
     def _release(self, frame: IncomingFrame) -> list[ReceiverAction]:
-        del self._frames[frame.number]
-        self._free_slabs.append(frame.slab)
-        return [] if self.retired else [Send(message=Credit(slabs=1))]
+        num_freed = self._slabs.release(frame)
+        return [Send(message=Credit(slabs=num_freed))] if num_freed and not self.retired else []
 
     def _count(self, name: str, by: int = 1) -> None:
         self._counts[name] += by

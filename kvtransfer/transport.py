@@ -1,14 +1,22 @@
 """How bytes of one link move: in order, of sizes both sides know, each wait with a deadline.
 
-A transport joins exactly two peers and carries frames one way, in the order of `start_send`. The receiver
-posts a receive of the same size for each frame, in the same order: no message carries its own length. After
-the first TransportBroken the transport is dead for good; a new epoch builds another one.
+A transport joins exactly two peers and carries frames one way, in the order of `start_send`. It owns the
+slabs of its end; frame n lies in slab n modulo their number, and nowhere else. The receiver posts a receive
+of the same size for each frame, in the same order: no message carries its own length. After the first
+TransportBroken the transport is dead for good; a new epoch builds another one.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
+import torch
 from torch import Tensor
+
+NUM_SLABS = 4
+"""Slabs of a receiver: frames that may be on the wire or wait for the engine's next step."""
+
+NUM_SENDER_SLABS = 2
+"""Of a sender that has its own: one frame is gathered while the one before is on the wire."""
 
 
 class PendingSend(Protocol):
@@ -22,6 +30,9 @@ class PendingSend(Protocol):
 class Transport(Protocol):
     """Two peers. `start_send` and `recv` are called by one thread; `watch` and `close` by any."""
 
+    slabs: Sequence[Tensor]
+    """Staging buffers of this end, uint8 [slab_bytes] each. Views of them keep their memory alive."""
+
     def watch(self, broken: Callable[[str], None]) -> None:
         """Call `broken` with the reason, once and from another thread, when the peer dies or closes.
 
@@ -30,11 +41,11 @@ class Transport(Protocol):
         ...
 
     def start_send(self, view: Tensor) -> PendingSend:
-        """Begin to send a contiguous uint8 tensor. Raises TransportBroken."""
+        """Begin to send the head of the next frame's slab. Raises TransportBroken."""
         ...
 
     def recv(self, view: Tensor) -> None:
-        """Fill a contiguous uint8 tensor with the next frame, which has exactly its size.
+        """Fill the head of the next frame's slab with that frame, which has exactly this size.
 
         Blocks; raises TransportBroken, at the latest after the timeout.
         """
@@ -43,3 +54,8 @@ class Transport(Protocol):
     def close(self) -> None:
         """Make every blocked call raise soon, here and at the peer. Idempotent."""
         ...
+
+
+def make_slabs(num_slabs: int, slab_bytes: int, device: torch.device | str = "cpu") -> list[Tensor]:
+    """Staging buffers, uint8 [slab_bytes] each; the system backs their pages on first use."""
+    return [torch.empty(slab_bytes, dtype=torch.uint8, device=device) for _ in range(num_slabs)]

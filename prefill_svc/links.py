@@ -33,8 +33,8 @@ from kvtransfer.actions import (
 from kvtransfer.errors import TransportBroken
 from kvtransfer.handshake import require_usable
 from kvtransfer.plan import MAX_SLAB_BYTES, rectangles
-from kvtransfer.pump import NUM_SENDER_SLABS, SenderPump, make_slabs
 from kvtransfer.sender import SenderLink, Unacknowledged
+from kvtransfer.sender_pump import SenderPump
 from kvtransfer.states import Tombstones
 from prefill_svc.export import Export
 from protos.tandem.v1 import common_pb2, kvlink_pb2, kvlink_pb2_grpc
@@ -209,7 +209,7 @@ class PrefillLink:
 
     async def _serve(self, stream: ControlStream, repeated: tuple[Unacknowledged, ...]) -> None:
         welcome = await self._shake_hands(stream)
-        transport = await open_transport(welcome.transport, 0, stream, self._parts.settings)
+        transport = await open_transport(welcome, 0, stream, self._parts.settings)
         self._facts = self._parts.facts.with_groups(welcome.num_groups)
         link = SenderLink(facts=self._facts, welcome=welcome, clock=self._clock, ended=self._ended)
         for action in link.adopt(repeated):
@@ -218,7 +218,6 @@ class PrefillLink:
         pump = SenderPump(
             link,
             transport,
-            make_slabs(NUM_SENDER_SLABS, welcome.frame_sizes[0]),
             gather=self._gather,
             post=stream.post,
             on_event=lambda event: self._parts.bridge.on_loop(self._on_event, event),

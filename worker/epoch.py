@@ -5,8 +5,9 @@ import asyncio
 from collections.abc import Callable
 from typing import Any, Protocol
 
+from kvtransfer.messages import Welcome
 from kvtransfer.states import LinkStatistics
-from kvtransfer.transport import Transport
+from kvtransfer.transport import NUM_SENDER_SLABS, Transport, make_slabs
 from kvtransfer.transports.gloo import GlooTransport
 from runtime.errors import Mismatch, Unavailable
 from runtime.settings import WorkerSettings
@@ -45,12 +46,15 @@ def offered_transports(settings: WorkerSettings) -> tuple[str, ...]:
     return TRANSPORTS if settings.transport == "auto" else (settings.transport,)
 
 
-async def open_transport(name: str, rank: int, stream: ControlStream, settings: WorkerSettings) -> Transport:
-    """Build this end of the chosen transport; addresses travel over the control stream."""
-    if name not in TRANSPORTS:
-        raise Mismatch(f"transport {name!r} is not known here")
+async def open_transport(
+    welcome: Welcome, rank: int, stream: ControlStream, settings: WorkerSettings
+) -> Transport:
+    """Build this end of the chosen transport, rank 0 sends; addresses travel over the control stream."""
+    if welcome.transport not in TRANSPORTS:
+        raise Mismatch(f"transport {welcome.transport!r} is not known here")
+    slabs = make_slabs(welcome.num_slabs if rank else NUM_SENDER_SLABS, welcome.frame_sizes[0])
     host = settings.kv_interface_host or settings.host
-    return await asyncio.to_thread(GlooTransport.open, rank, stream.swap_from_thread, hostname=host)
+    return await asyncio.to_thread(GlooTransport.open, rank, stream.swap_from_thread, slabs, hostname=host)
 
 
 class Failure:

@@ -19,6 +19,7 @@ class FaultyTransport:
     """Passes everything on, and applies `faults[n]` to the n-th received frame, counted from 0."""
 
     def __init__(self, inner: Transport, faults: Mapping[int, Fault]) -> None:
+        self.slabs = inner.slabs
         self._inner = inner
         self._faults = faults
         self._num_received = 0

@@ -12,7 +12,7 @@ What gloo does, and what follows from it (torch 2.13, measured):
 import functools
 import re
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import Any, Protocol, cast
 
@@ -53,7 +53,8 @@ class _Group(Protocol):
 class GlooTransport:
     """One end of a link over TCP."""
 
-    def __init__(self, group: _Group, rank: int, timeout_s: float) -> None:
+    def __init__(self, group: _Group, rank: int, slabs: Sequence[Tensor], timeout_s: float) -> None:
+        self.slabs = slabs
         self._group = group
         self._peer = 1 - rank
         self._timeout = timedelta(seconds=timeout_s)
@@ -66,6 +67,7 @@ class GlooTransport:
         cls,
         rank: int,
         exchange: Callable[[bytes], bytes],
+        slabs: Sequence[Tensor],
         *,
         hostname: str = "127.0.0.1",
         interface: str = "",
@@ -86,7 +88,7 @@ class GlooTransport:
         if _blob_shape(theirs) != _blob_shape(blob):
             raise TransportBroken("the peer's address has another shape than gloo's here")
         store.set(f"0/{1 - rank}", theirs)  # type: ignore[arg-type]
-        return cls(builder.result(), rank, timeout_s)
+        return cls(builder.result(), rank, slabs, timeout_s)
 
     def watch(self, broken: Callable[[str], None]) -> None:
         """See Transport."""

@@ -5,7 +5,7 @@ Like gloo, a send ends when the receiver has taken the bytes, and an expired wai
 
 import threading
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from torch import Tensor
@@ -46,7 +46,8 @@ class _Wire:
 class LocalTransport:
     """One end; made in pairs by `local_pair`."""
 
-    def __init__(self, wire: _Wire, end: int, timeout_s: float) -> None:
+    def __init__(self, wire: _Wire, end: int, slabs: Sequence[Tensor], timeout_s: float) -> None:
+        self.slabs = slabs
         self._wire = wire
         self._end = end
         self._timeout_s = timeout_s
@@ -108,7 +109,9 @@ class _LocalSend:
         self._transport.wait_for(lambda: self._message.taken)
 
 
-def local_pair(timeout_s: float = LINK_TIMEOUT_S) -> tuple[LocalTransport, LocalTransport]:
-    """Both ends of a fresh wire."""
+def local_pair(
+    slabs: tuple[Sequence[Tensor], Sequence[Tensor]], timeout_s: float = LINK_TIMEOUT_S
+) -> tuple[LocalTransport, LocalTransport]:
+    """Both ends of a fresh wire, with the slabs of each."""
     wire = _Wire()
-    return LocalTransport(wire, 0, timeout_s), LocalTransport(wire, 1, timeout_s)
+    return LocalTransport(wire, 0, slabs[0], timeout_s), LocalTransport(wire, 1, slabs[1], timeout_s)

@@ -6,7 +6,7 @@ import threading
 import torch
 
 from kvtransfer.transports.gloo import GlooTransport
-from tests.integration.kv_services import SenderService
+from tests.integration.kv_services import SenderService, slabs_of
 
 
 def rendezvous(pipe):
@@ -38,7 +38,8 @@ def run_sender(pipe, timeout_s):
         except EOFError:
             os._exit(0)
         if kind == "open":
-            service = SenderService(GlooTransport.open(0, rendezvous(pipe), timeout_s=timeout_s), post)
+            transport = GlooTransport.open(0, rendezvous(pipe), slabs_of(0), timeout_s=timeout_s)
+            service = SenderService(transport, post)
             service.pump.start()
         elif kind == "message":
             service.pump.on_message(value)
@@ -51,12 +52,12 @@ def run_sender(pipe, timeout_s):
 def send_one_large_message(pipe, num_bytes):
     """Sends without end of the message in sight, so that a kill hits it in the middle."""
     pipe.send("ready")
-    transport = GlooTransport.open(0, rendezvous(pipe), timeout_s=5.0)
+    transport = GlooTransport.open(0, rendezvous(pipe), [], timeout_s=5.0)
     transport.start_send(torch.ones(num_bytes, dtype=torch.uint8)).wait()
 
 
 def receive_one_large_message(pipe, num_bytes):
     """The other direction."""
     pipe.send("ready")
-    transport = GlooTransport.open(0, rendezvous(pipe), timeout_s=5.0)
+    transport = GlooTransport.open(0, rendezvous(pipe), [], timeout_s=5.0)
     transport.recv(torch.zeros(num_bytes, dtype=torch.uint8))

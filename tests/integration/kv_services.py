@@ -12,9 +12,11 @@ from kvtransfer.actions import Granted, TransferCommitted, TransferFailed
 from kvtransfer.layout import KvFacts, KvGroup, block_bytes, num_blocks_of
 from kvtransfer.messages import FirstToken, Welcome
 from kvtransfer.plan import frame_sizes, rectangles
-from kvtransfer.pump import NUM_SENDER_SLABS, ReceiverPump, SenderPump, make_slabs
 from kvtransfer.receiver import ReceiverLink
+from kvtransfer.receiver_pump import ReceiverPump
 from kvtransfer.sender import SenderLink
+from kvtransfer.sender_pump import SenderPump
+from kvtransfer.transport import NUM_SENDER_SLABS, make_slabs
 from runtime.clock import SystemClock
 
 FACTS = KvFacts(
@@ -37,6 +39,11 @@ def make_pool(num_blocks, fill=None):
     """[num_layers, 2, num_blocks, block_size, num_kv_heads, head_dim], random unless `fill` is given."""
     shape = (GROUP.num_layers, 2, num_blocks, FACTS.block_size, GROUP.num_kv_heads, GROUP.head_dim)
     return torch.rand(shape) if fill is None else torch.full(shape, fill)
+
+
+def slabs_of(rank):
+    """Those of one end; rank 0 sends."""
+    return make_slabs(WELCOME.num_slabs if rank else NUM_SENDER_SLABS, SLAB_BYTES)
 
 
 class Events:
@@ -81,7 +88,6 @@ class SenderService:
         self.pump = SenderPump(
             SenderLink(facts=FACTS, welcome=WELCOME, clock=SystemClock()),
             transport,
-            make_slabs(NUM_SENDER_SLABS, SLAB_BYTES),
             gather=self.gather,
             post=post,
             on_event=self.events.add,
@@ -117,11 +123,9 @@ class ReceiverService:
         self.events = Events()
         self.slow_s = slow_s
         self.inbox = queue.SimpleQueue()
-        self.slabs = make_slabs(WELCOME.num_slabs, SLAB_BYTES)
         self.pump = ReceiverPump(
             ReceiverLink(facts=FACTS, welcome=WELCOME, clock=SystemClock()),
             transport,
-            self.slabs,
             deliver=lambda frame, payload: self.inbox.put((frame, payload)),
             post=post,
             on_event=self.events.add,

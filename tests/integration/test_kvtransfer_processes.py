@@ -15,7 +15,7 @@ from kvtransfer.errors import TransportBroken
 from kvtransfer.messages import FrameHeader, Offer
 from kvtransfer.transports.gloo import GlooTransport
 from tests.integration import kv_peer
-from tests.integration.kv_services import ReceiverService
+from tests.integration.kv_services import ReceiverService, slabs_of
 
 LARGE_BYTES = 256 << 20
 
@@ -57,7 +57,7 @@ class Peer:
     def open(self, timeout_s):
         """A fresh epoch between a new receiver here and the child's sender."""
         self.pipe.send(("open", None))
-        transport = GlooTransport.open(1, self.exchange, timeout_s=timeout_s)
+        transport = GlooTransport.open(1, self.exchange, slabs_of(1), timeout_s=timeout_s)
         receiver = ReceiverService(transport, lambda message: self.pipe.send(("message", message)))
         receiver.pump.start()
         return receiver
@@ -164,7 +164,7 @@ def test_a_killed_idle_peer_is_noticed_and_another_link_works(spawn):
 def test_a_peer_killed_in_mid_message_is_noticed_by_the_canary(spawn, direction):
     target = kv_peer.send_one_large_message if direction == "receive" else kv_peer.receive_one_large_message
     (peer,) = spawn((target, LARGE_BYTES))
-    transport = GlooTransport.open(1, peer.exchange, timeout_s=1.0)
+    transport = GlooTransport.open(1, peer.exchange, [], timeout_s=1.0)
     noticed, ended = threading.Event(), threading.Event()
     transport.watch(lambda reason: noticed.set())
     buffer = torch.zeros(LARGE_BYTES, dtype=torch.uint8)

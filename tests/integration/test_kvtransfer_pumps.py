@@ -17,7 +17,7 @@ from kvtransfer.states import TransferState
 from kvtransfer.transports.faulty import FaultyTransport
 from kvtransfer.transports.gloo import GlooTransport
 from kvtransfer.transports.local import local_pair
-from tests.integration.kv_services import WELCOME, Control, ReceiverService, SenderService
+from tests.integration.kv_services import WELCOME, Control, ReceiverService, SenderService, slabs_of
 
 
 def gloo_pair(timeout_s=3.0):
@@ -29,10 +29,14 @@ def gloo_pair(timeout_s=3.0):
             mail[1 - rank].put(blob)
             return mail[rank].get(timeout=timeout_s)
 
-        return GlooTransport.open(rank, exchange, timeout_s=timeout_s)
+        return GlooTransport.open(rank, exchange, slabs_of(rank), timeout_s=timeout_s)
 
     with ThreadPoolExecutor(2) as executor:
         return tuple(executor.map(open_rank, (0, 1)))
+
+
+def in_process_pair(timeout_s=3.0):
+    return local_pair((slabs_of(0), slabs_of(1)), timeout_s)
 
 
 class Pair:
@@ -64,12 +68,15 @@ class Pair:
         self.up.stop()
 
 
-@pytest.fixture(params=["local", "gloo"])
+PAIRS = {"local": in_process_pair, "gloo": gloo_pair}
+
+
+@pytest.fixture(params=PAIRS)
 def pair(request):
     made = []
 
     def make(**options):
-        made.append(Pair(local_pair() if request.param == "local" else gloo_pair(), **options))
+        made.append(Pair(PAIRS[request.param](), **options))
         return made[-1]
 
     yield make
@@ -119,7 +126,7 @@ def test_cancelled_transfers_leave_the_others_alone(pair):
 @pytest.mark.parametrize("fault", ["flip", "truncate"])
 def test_damaged_frames_fail_their_transfer_and_the_link_goes_on(pair, fault):
     link = pair(faults={1: fault})
-    link.receiver.slabs[0].fill_(9)
+    link.receiver.pump._transport.slabs[0].fill_(9)
     for number in range(2):
         link.receiver.reserve(bytes([number]), blocks_for(number))
         link.sender.transfer(bytes([number]), blocks_for(number))
@@ -174,7 +181,7 @@ def test_a_deliberate_stop_is_no_failure_and_ends_the_open_transfers(pair):
     assert not link.sender.events.ids(Granted)
 
 
-@pytest.mark.parametrize("make", [local_pair, gloo_pair])
+@pytest.mark.parametrize("make", [in_process_pair, gloo_pair])
 def test_a_receive_without_a_send_times_out_and_kills_the_transport(make):
     one, other = make(0.2)
     broken = threading.Event()
@@ -190,7 +197,7 @@ def test_a_receive_without_a_send_times_out_and_kills_the_transport(make):
         end.close()
 
 
-@pytest.mark.parametrize("make", [local_pair, gloo_pair])
+@pytest.mark.parametrize("make", [in_process_pair, gloo_pair])
 def test_close_unblocks_a_waiting_receive(make):
     one, other = make(3.0)
     ended = []
@@ -252,12 +259,12 @@ def test_links_opened_and_closed_leave_no_file_descriptors_or_threads():
 )
 def test_an_address_that_is_none_is_refused(damage):
     with pytest.raises(TransportBroken):
-        GlooTransport.open(0, damage, timeout_s=0.2)
+        GlooTransport.open(0, damage, [], timeout_s=0.2)
 
 
 def test_an_absent_peer_is_noticed():
     mail = queue.SimpleQueue()
     started = time.monotonic()
     with pytest.raises(queue.Empty):
-        GlooTransport.open(0, lambda blob: mail.get(timeout=0.2), timeout_s=0.3)
+        GlooTransport.open(0, lambda blob: mail.get(timeout=0.2), [], timeout_s=0.3)
     assert time.monotonic() - started < 1

@@ -1,0 +1,113 @@
+"""The sending thread of one epoch of a link; see kvtransfer.pump for locks and for who owns a slab."""
+
+from collections import deque
+from collections.abc import Callable, Iterable
+
+from torch import Tensor
+
+from kvtransfer.actions import FrameToSend, Send, SenderAction, SenderEvent
+from kvtransfer.messages import FirstToken, SenderMessage
+from kvtransfer.plan import Rectangle
+from kvtransfer.pump import Checksum, Pump, default_checksum
+from kvtransfer.sender import SenderLink
+from kvtransfer.transport import PendingSend, Transport
+
+Gather = Callable[[FrameToSend, Tensor], int]
+
+
+class SenderPump(Pump[SenderAction]):
+    """Moves the frames of one SenderLink.
+
+    `gather(frame, slab)` fills the slab's head with the frame's rectangle, on the pump's thread, and returns
+    the payload's bytes; 0 if the transfer's blocks are gone, which cancels it. `post` puts a message on the
+    control stream: thread-safe, never blocks, never calls back.
+    """
+
+    link: SenderLink
+
+    def __init__(
+        self,
+        link: SenderLink,
+        transport: Transport,
+        *,
+        gather: Gather,
+        post: Callable[[SenderMessage], None],
+        on_event: Callable[[SenderEvent], None],
+        on_failed: Callable[[str], None],
+        checksum: Checksum = default_checksum,
+    ) -> None:
+        super().__init__("kv-send", link, transport, on_failed)
+        self._gather = gather
+        self._post = post
+        self._on_event = on_event
+        self._checksum = checksum
+        # Both are the pump's thread's: frames announced, and those on the wire, oldest first.
+        self._num_announced = 0
+        self._on_wire: deque[tuple[FrameToSend, PendingSend]] = deque()
+
+    def offer(self, transfer_id: bytes, num_tokens: int) -> None:
+        """SenderLink.offer, sent."""
+        with self.lock:
+            self._post(self.link.offer(transfer_id, num_tokens))
+
+    def enqueue(self, transfer_id: bytes, rectangles: Iterable[Rectangle]) -> None:
+        """SenderLink.enqueue; wakes the thread."""
+        with self.lock:
+            self.link.enqueue(transfer_id, rectangles)
+            self.lock.notify_all()
+
+    def commit(self, transfer_id: bytes, first_tokens: tuple[FirstToken, ...], cached_tokens: int) -> None:
+        """SenderLink.commit."""
+        with self._acting() as actions:
+            actions += self.link.commit(transfer_id, first_tokens, cached_tokens)
+
+    def _run(self) -> None:
+        while not self._stopping:
+            frame = self._next_frame()
+            if frame is not None:
+                self._send(frame)
+            elif self._on_wire:
+                self._finish_oldest()
+
+    def _next_frame(self) -> FrameToSend | None:
+        """The next frame for a free slab; None if a send must be waited for first, or at the end."""
+        if len(self._on_wire) == len(self._transport.slabs):
+            return None
+        with self.lock:
+            while not self._stopping:
+                frame = self.link.next_frame()
+                if frame is not None or self._on_wire:
+                    return frame
+                self.lock.wait()
+            return None
+
+    def _send(self, frame: FrameToSend) -> None:
+        slab = self._transport.slabs[self._num_announced % len(self._transport.slabs)]
+        payload_bytes = self._gather(frame, slab)
+        if payload_bytes == 0:
+            self.cancel(frame.transfer_id, "the sender has freed its blocks")
+        else:
+            assert payload_bytes == frame.payload_bytes
+        checksum = self._checksum(slab[: frame.payload_bytes])
+        with self.lock:
+            header = self.link.frame_gathered(frame, checksum)
+            if header is not None:
+                self._post(header)
+        if header is not None:
+            self._num_announced += 1
+            self._on_wire.append((frame, self._transport.start_send(slab[: frame.size_bytes])))
+
+    def _finish_oldest(self) -> None:
+        frame, pending = self._on_wire[0]
+        pending.wait()
+        self._on_wire.popleft()
+        with self._acting() as actions:
+            actions += self.link.frame_sent(frame)
+
+    def _perform(self, action: SenderAction) -> None:
+        if isinstance(action, Send):
+            self._post(action.message)  # type: ignore[arg-type]
+
+    def _report(self, action: SenderAction) -> None:
+        if not isinstance(action, Send):
+            self._on_event(action)
