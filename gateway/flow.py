@@ -100,6 +100,7 @@ class Flow:
         max_waiting_requests: int,
         request_timeout_s: float,
         local_prefill_threshold: int,
+        migration_timeout_s: float,
     ) -> None:
         self.model = model
         self.fleet = fleet
@@ -114,6 +115,7 @@ class Flow:
         self._trials = Trials()
         self._request_timeout_s = request_timeout_s
         self._local_prefill_threshold = local_prefill_threshold
+        self._migration_timeout_s = migration_timeout_s
         self._live: dict[str, Live] = {}
         self._numbers = itertools.count(1)
         self._idle = asyncio.Event()
@@ -300,6 +302,7 @@ class Flow:
             self._quarantine,
             Watch(self._trials),
             local_prefill_threshold=self._local_prefill_threshold,
+            migration_timeout_s=self._migration_timeout_s,
         )
         if live.stopped is not None:
             live.run.interrupt(live.stopped)

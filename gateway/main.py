@@ -80,6 +80,7 @@ class Gateway:
             max_waiting_requests=settings.max_waiting_requests,
             request_timeout_s=settings.request_timeout_s,
             local_prefill_threshold=settings.local_prefill_threshold,
+            migration_timeout_s=settings.migration_timeout_s,
         )
         self._health = health.aio.HealthServicer()
         self._api_keys = Keys.parse(settings.api_keys)

@@ -35,9 +35,6 @@ logger = logging.getLogger(__name__)
 
 MAX_ATTEMPTS = 3
 
-WAIT_FOR_WORKER_S = 2.0
-"""A request that has lost its workers waits for others this long."""
-
 SETTLE_S = 0.25
 """Within this time the death of a worker's process shows at all of its streams."""
 
@@ -85,6 +82,7 @@ class RequestRun:
         watch: Watch,
         *,
         local_prefill_threshold: int,
+        migration_timeout_s: float,
     ) -> None:
         self._request = request
         self._outputs = outputs
@@ -96,6 +94,7 @@ class RequestRun:
         # As in `flow`: the loop's own time is too coarse to measure with.
         self._clock = SystemClock()
         self._local_prefill_threshold = local_prefill_threshold
+        self._migration_timeout_s = migration_timeout_s
         self._progress = Progress(len(outputs.going_on))
         self._inbox = Inbox()
         self._avoid: set[str] = set()
@@ -209,9 +208,9 @@ class RequestRun:
         return self._fleet.prefix(self._token_ids, self._request.cache_salt)
 
     async def _route(self, prefix: Chain) -> Route:
-        """Workers for the next attempt. A first attempt does not wait for them, a later one a little."""
+        """Workers for the next attempt. A first attempt does not wait for them, a later one does."""
         now = asyncio.get_running_loop().time
-        waits_until = now() + (WAIT_FOR_WORKER_S if self._progress.attempt >= 0 else 0)
+        waits_until = now() + (self._migration_timeout_s if self._progress.attempt >= 0 else 0)
         while True:
             route = choose(
                 self._fleet.candidates(prefix),

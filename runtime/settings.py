@@ -53,6 +53,8 @@ class GatewaySettings(ProcessSettings):
     """Requests that wait for admission; more are refused at once with a retry hint."""
     request_timeout_s: Annotated[float, Field(gt=0)] = 600.0
     """Longest life of a request; a client's own deadline only shortens it."""
+    migration_timeout_s: Annotated[float, Field(ge=0)] = 20.0
+    """A request that has lost its worker waits this long for another, or for its restart."""
     max_body_bytes: Count = 2 * 1024 * 1024
     """Largest HTTP body; gRPC messages have twice this."""
     local_prefill_threshold: Annotated[int, Field(ge=0)] = 0

@@ -74,6 +74,16 @@ def test_decode_worker_killed_in_mid_stream(split: Up, options: dict[str, Any]) 
     eventually(split.is_quiet, 5, "quiet")
 
 
+def test_without_a_spare_a_stream_waits_for_the_restart() -> None:
+    up = Up()
+    try:
+        undisturbed = stream(up, {}, max_tokens=60, **SEEDED)
+        assert stream(up, {20: lambda: kill(up, "decode", 0)}, max_tokens=60, **SEEDED) == undisturbed
+        eventually(up.is_quiet, 5, "quiet")
+    finally:
+        up.stop()
+
+
 def test_prefill_worker_killed_before_the_first_token(split: Up) -> None:
     eventually(lambda: all_ready(split), 60, "all workers")
     long = {"prompt": list(range(3, 1803)), "max_tokens": 8, **GREEDY}

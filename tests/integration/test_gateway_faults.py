@@ -125,7 +125,7 @@ async def test_hung_worker_is_found() -> None:
 
 
 async def test_error_in_a_stream_is_one_event_without_done() -> None:
-    async with cluster(("decode", "d1")) as made, http(made) as client:
+    async with cluster(("decode", "d1"), migration_timeout_s=0) as made, http(made) as client:
         made.workers["d1"].faults.die_at = 3
         body = {"prompt": PROMPT, "max_tokens": NUM_TOKENS, "stream": True}
         async with client.stream("POST", "/v1/completions", json=body) as response:
