@@ -13,7 +13,13 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from gateway.limits import MAX_HEADER_BYTES, MAX_HEADERS, MAX_REQUEST_ID_CHARS, MAX_URL_BYTES
+from gateway.limits import (
+    MAX_HEADER_BYTES,
+    MAX_HEADERS,
+    MAX_JSON_DEPTH,
+    MAX_REQUEST_ID_CHARS,
+    MAX_URL_BYTES,
+)
 from runtime.admin_http import json_response
 from runtime.errors import Cancelled, Internal, InvalidRequest, NotFound, PayloadTooLarge, TandemError
 
@@ -26,6 +32,9 @@ SEND_TIMEOUT_S = 30.0
 """A client that takes nothing for this long is taken for gone."""
 
 REQUEST_ID = re.compile(rf"[!-~]{{1,{MAX_REQUEST_ID_CHARS}}}")
+
+BRACKETS = re.compile(rb'"(?:[^"\\]|\\.)*+"?|[][{}]', re.DOTALL)
+"""Of JSON; strings, which may hold brackets, are matched as a whole, without backtracking."""
 
 ERROR_TYPES = {400: "invalid_request_error", 404: "not_found_error", 413: "invalid_request_error"} | {
     409: "invalid_request_error",
@@ -70,10 +79,22 @@ async def read_json(request: Request, max_bytes: int) -> dict[str, Any]:
         raise InvalidRequest("the body did not arrive in time") from None
     except ClientDisconnect:
         raise Cancelled("the client went away") from None
+    _check_depth(raw)
     body = _parse(raw)
     if not isinstance(body, dict):
         raise InvalidRequest("the body must be a JSON object")
     return body
+
+
+def _check_depth(raw: bytes) -> None:
+    """Before it is parsed, for parsers recurse. Few bodies have enough brackets to be looked at closely."""
+    if raw.count(b"[") + raw.count(b"{") <= MAX_JSON_DEPTH:
+        return
+    depth = 0
+    for bracket in BRACKETS.finditer(raw):
+        depth += {b"[": 1, b"{": 1, b"]": -1, b"}": -1}.get(bracket[0], 0)
+        if depth > MAX_JSON_DEPTH:
+            raise InvalidRequest(f"the body must be at most {MAX_JSON_DEPTH} arrays and objects deep")
 
 
 def _parse(raw: bytes) -> Any:

@@ -158,6 +158,7 @@ class Fleet:
             "http": worker.info.http,
             "pid": worker.info.pid,
             "boot_id": worker.info.identity.boot_id,
+            "restarts": worker.restarts,
             "blocks_used": load.blocks_used,
             "blocks_total": load.blocks_total,
             "requests_running": load.requests_running,

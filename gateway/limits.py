@@ -6,6 +6,7 @@ from typing import Literal
 MAX_URL_BYTES = 8 * 1024
 MAX_HEADERS = 100
 MAX_HEADER_BYTES = 32 * 1024
+MAX_JSON_DEPTH = 64
 MAX_REQUEST_ID_CHARS = 128
 
 MAX_MESSAGES = 2048
@@ -39,6 +40,7 @@ class Limit:
 
 LIMITS = (
     Limit(field="the body", most="--max-body-bytes", unit="bytes; a gRPC message twice", http_status=413),
+    Limit(field="the body's depth", most=MAX_JSON_DEPTH, unit="arrays and objects", faces="http"),
     Limit(field="the URL", most=MAX_URL_BYTES, unit="bytes", http_status=414, faces="http"),
     Limit(field="the headers", most=MAX_HEADERS, unit="headers", http_status=431, faces="http"),
     Limit(field="the headers' size", most=MAX_HEADER_BYTES, unit="bytes", http_status=431, faces="http"),

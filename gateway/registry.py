@@ -46,6 +46,8 @@ class Registration:
     state: State
     heard_s: float
     down_s: float | None = None
+    restarts: int = 0
+    """Lives of this worker before this one, as long as it has not been forgotten between two of them."""
 
     @property
     def worker_id(self) -> str:
@@ -66,6 +68,9 @@ class Registry:
         _check_complete(info)
         self._check_fits(info)
         registration = Registration(info, State.STARTING, self._clock.now())
+        if before := self._workers.get(registration.worker_id):
+            is_same = before.info.identity.boot_id == info.identity.boot_id
+            registration.restarts = before.restarts + (not is_same)
         self._workers[info.identity.worker_id] = registration
         return registration
 

@@ -17,6 +17,7 @@ from starlette.types import ASGIApp
 from runtime.access import Keys
 from runtime.errors import StartupError
 from runtime.http_access import Guard
+from runtime.http_head import BoundedHead
 from runtime.metrics import exposition
 
 TRUSTED_PROXIES = "127.0.0.1,::1"
@@ -91,7 +92,7 @@ class HttpServer(uvicorn.Server):
     def __init__(self, app: ASGIApp, **options: Any) -> None:
         defaults: dict[str, Any] = {
             "loop": "none",
-            "http": "httptools",
+            "http": BoundedHead,
             "ws": "none",
             "lifespan": "off",
             "log_config": None,

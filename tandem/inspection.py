@@ -56,13 +56,14 @@ def table(info: ServerInfo, state: dict[str, Any]) -> Any:
     """A rich table with a row for each worker; `kv` counts the transfers under way."""
     from rich.table import Table
 
-    heads = ("worker", "role", "state", "address", "pid", "run", "wait", "used+cached/blocks", "kv")
-    found = Table(*heads, box=None, padding=(0, 1, 0, 0))
-    pids = {worker.get("id"): worker.get("pid") for worker in state.get("workers", [])}
+    heads = ("worker", "role", "state", "address", "pid", "restarts", "run", "wait")
+    found = Table(*heads, "used+cached/blocks", "kv", box=None, padding=(0, 1, 0, 0))
+    seen = {worker.get("id"): worker for worker in state.get("workers", [])}
     for worker in sorted(info.workers, key=lambda worker: worker.id):
         blocks = f"{worker.blocks_used}+{worker.blocks_cached}/{worker.blocks_total}"
         load = [worker.requests_running, worker.requests_waiting, blocks, worker.transfers]
-        cells = [worker.id, worker.role, worker.state, worker.address, pids.get(worker.id) or "", *load]
+        own = [seen.get(worker.id, {}).get(name, "") for name in ("pid", "restarts")]
+        cells = [worker.id, worker.role, worker.state, worker.address, *own, *load]
         found.add_row(*map(str, cells))
     return found
 

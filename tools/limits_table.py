@@ -9,6 +9,7 @@ sys.path.insert(0, str(ROOT))
 from gateway import exchange  # noqa: E402
 from gateway.limits import LIMITS, MAX_LENGTH_PENALTY, Limit  # noqa: E402
 from gateway.validation import FLOAT_RANGES, LOGIT_BIAS_RANGE  # noqa: E402
+from runtime import http_head  # noqa: E402
 from runtime.settings import GatewaySettings  # noqa: E402
 
 FILE = ROOT / "docs" / "limits.md"
@@ -46,6 +47,8 @@ def render() -> str:
     lines.append(f"| length_penalty | [-{MAX_LENGTH_PENALTY:g}, {MAX_LENGTH_PENALTY:g}] |")
     lines += [
         "",
+        f"The head of a request has {http_head.HEAD_TIMEOUT_S:g} s to arrive, a new connection "
+        f"{http_head.FIRST_BYTE_TIMEOUT_S:g} s to say something.",
         f"A body has {exchange.BODY_TIMEOUT_S:g} s to arrive; a client that takes nothing for "
         f"{exchange.SEND_TIMEOUT_S:g} s is taken for gone.",
         "`--max-concurrent-requests` run, `--max-waiting-requests` more wait; the next is a 429 with a hint.",

@@ -18,6 +18,7 @@ from gateway.limits import (
     MAX_GRAMMAR_BYTES,
     MAX_HEADER_BYTES,
     MAX_HEADERS,
+    MAX_JSON_DEPTH,
     MAX_LOGIT_BIAS,
     MAX_LOGPROBS,
     MAX_MESSAGES,
@@ -241,6 +242,19 @@ async def test_body_and_message() -> None:
             assert raised.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
 
 
+async def test_depth() -> None:
+    async with cluster(*PAIR) as made, http(made) as client:
+
+        def body(depth: int) -> str:
+            nested = "[" * (depth - 1) + "]" * (depth - 1)
+            return f'{{"prompt":[5],"max_tokens":1,"stop":"[{{\\"[","metadata":{nested}}}'
+
+        assert (await client.post("/v1/completions", content=body(MAX_JSON_DEPTH))).status_code == 200
+        refused = await client.post("/v1/completions", content=body(MAX_JSON_DEPTH + 1))
+        assert refused.status_code == 400
+        assert "deep" in refused.json()["error"]["message"]
+
+
 async def status_of(made: Cluster, target: str, headers: list[str]) -> int:
     reader, writer = await asyncio.open_connection("127.0.0.1", made.gateway.http_port)
     writer.write("\r\n".join([f"GET {target} HTTP/1.1", *headers, "", ""]).encode())
@@ -265,7 +279,16 @@ async def test_url_and_headers() -> None:
 
 
 def test_every_row_has_its_test_and_the_page_is_fresh() -> None:
-    others = {"the body", "the URL", "the headers", "the headers' size", "request_id", "prompt", "messages"}
+    others = {
+        "the body",
+        "the body's depth",
+        "the URL",
+        "the headers",
+        "the headers' size",
+        "request_id",
+        "prompt",
+        "messages",
+    }
     others |= {"structured_output", "cache_salt", "seed", "priority"}
     assert {limit.field for limit in LIMITS} == SAMPLING.keys() | others
     assert FILE.read_text() == render(), "run python tools/limits_table.py"

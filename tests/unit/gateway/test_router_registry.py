@@ -102,6 +102,9 @@ def test_a_new_boot_replaces_the_old_one() -> None:
     assert not registry.leave(old)
     assert not registry.heartbeat(old, READY)
     assert registry.get("d1") is new
+    assert (old.restarts, new.restarts) == (0, 1)
+    assert registry.register(info(boot="b2")).restarts == 1, "the same life, registered again"
+    new = registry.register(info(boot="b2"))
     assert registry.leave(new)
     assert not registry.leave(new)
     registry.check()

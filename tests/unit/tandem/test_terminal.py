@@ -92,8 +92,8 @@ def test_status_table():
         transfers=1,
     )
     info = ServerInfo(version="1", model="m", max_model_len=8, requests=3, workers=(worker,))
-    console = Console(width=80, record=True, file=io.StringIO())
-    console.print(inspection.table(info, {"workers": [{"id": "decode-0", "pid": 77}]}))
+    console = Console(width=100, record=True, file=io.StringIO())
+    console.print(inspection.table(info, {"workers": [{"id": "decode-0", "pid": 77, "restarts": 8}]}))
     text = console.export_text()
-    for cell in ("decode-0", "ready", "127.0.0.1:9", "77", "5+6/70"):
+    for cell in ("decode-0", "ready", "127.0.0.1:9", "77  8", "5+6/70"):
         assert cell in text
