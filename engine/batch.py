@@ -52,11 +52,11 @@ class Batch:
 
 def build_batch(plan: Sequence[Scheduled], *, block_size: int, device: torch.device) -> Batch:
     """Pack a plan that is not empty for the target model."""
-    return pack([_span(item) for item in plan], block_size=block_size, device=device)
+    return pack([span_of(item) for item in plan], block_size=block_size, device=device)
 
 
-def _span(item: Scheduled) -> Span:
-    """What is computed of the sequence, then the draft tokens, each sampled behind."""
+def span_of(item: Scheduled) -> Span:
+    """What is computed of the sequence, then the draft tokens, each sampled behind; for the target model."""
     request, num_drafts = item.request, len(item.draft_token_ids)
     last = item.query_len - 1
     samples: Sequence[int] = ()

@@ -10,6 +10,7 @@ from engine.preemption import PreemptionChoice
 DType = Literal["auto", "float32", "bfloat16", "float16"]
 Speculative = Literal["off", "ngram", "draft"]
 DraftAcceptance = Literal["coupled", "rejection"]
+CudaGraphs = Literal["auto", "off"]
 
 MAX_DRAFT_TOKENS = 64
 
@@ -48,6 +49,10 @@ class EngineConfig:
     """"coupled": token by token the output without speculation. "rejection": exact in distribution only."""
     dtype: DType = "auto"
     """Of weights and KV. "auto": the checkpoint's on a GPU, float32 on a CPU, where exactness is defined."""
+    cuda_graphs: CudaGraphs = "auto"
+    """"auto": on a GPU decode steps are captured at the start and replayed, unless several ranks compute."""
+    cuda_graph_sizes: tuple[int, ...] = ()
+    """Numbers of requests that captured steps are padded to; empty: `engine.step.shapes.usual_sizes`."""
     device: str = "cpu"
     """A torch device, for example "cpu" or "cuda:0"."""
 
@@ -65,6 +70,8 @@ class EngineConfig:
             raise ValueError(
                 f"num_draft_tokens must be in [0, {MAX_DRAFT_TOKENS}], got {self.num_draft_tokens}"
             )
+        if any(size < 1 for size in self.cuda_graph_sizes):
+            raise ValueError(f"cuda_graph_sizes must be at least 1, got {min(self.cuda_graph_sizes)}")
         if (self.speculative == "draft") != (self.draft_model is not None):
             raise ValueError("speculative draft and a draft_model go together")
         if self.dtype not in ("auto", "float32", "bfloat16", "float16"):

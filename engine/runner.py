@@ -1,8 +1,11 @@
-"""Runs a plan: drafts if there are any, one packed forward pass, one pass of the sampler. No policy."""
+"""Runs a plan: drafts if there are any, one packed forward pass, one pass of the sampler. No policy.
+
+A plan of decodes alone runs as a captured step where there is one of its shape.
+"""
 
 import torch
 
-from engine.batch import MIN_ROWS, build_batch
+from engine.batch import MIN_ROWS, build_batch, span_of
 from engine.config import EngineConfig
 from engine.kv_cache import KvCache
 from engine.loader import LoadedModel
@@ -10,6 +13,9 @@ from engine.logprobs import record_prompt_logprobs
 from engine.plan import Scheduled
 from engine.sampler import Sample, Sampler
 from engine.speculative.factory import make_speculation
+from engine.speculative.speculation import Proposal
+from engine.step.factory import make_graphs
+from engine.step.shapes import StepShape
 from engine.structured import Grammars
 
 
@@ -23,11 +29,24 @@ class Runner:
         self._kv_cache = kv_cache
         self.sampler = Sampler(model.facts.eos_token_ids, model.facts.vocab_size, grammars)
         self.speculation = make_speculation(config, model, kv_cache, self.sampler)
+        self._graphs = make_graphs(config, model, kv_cache)
 
     @torch.inference_mode()
     def run(self, plan: list[Scheduled]) -> list[Sample]:
         """Compute all scheduled tokens; one sample for each of `Request.samplers`, in plan order."""
         proposal = self.speculation.propose(plan)
+        shape = self._graphs.shapes.fit_plan(proposal.plan) if self._graphs else None
+        return self._replay(proposal, shape) if shape else self._run_eagerly(proposal)
+
+    def _replay(self, proposal: Proposal, shape: StepShape) -> list[Sample]:
+        assert self._graphs is not None
+        spans = [span_of(item) for item in proposal.plan]
+        hidden, logits = self._graphs.run(shape, spans)
+        self.speculation.follow(proposal.plan, hidden)
+        num_rows = sum(len(span.token_ids) for span in spans)
+        return self.speculation.sample(logits[:num_rows], proposal)
+
+    def _run_eagerly(self, proposal: Proposal) -> list[Sample]:
         kv_group = self._kv_cache.groups[0]
         batch = build_batch(
             proposal.plan, block_size=self._kv_cache.tables.block_size, device=kv_group.device

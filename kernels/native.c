@@ -79,11 +79,12 @@ void rope(float *restrict x, i64 row_stride, const i64 *restrict positions, cons
     }
 }
 
-/* Copies rows of `width` floats to their slots. */
+/* Copies rows of `width` floats to their slots; a negative slot is none. */
 void store_rows(const float *restrict rows, i64 row_stride, float *restrict slots,
                 const i64 *restrict slot_mapping, i64 count, i64 width) {
     for (i64 row = 0; row < count; row++)
-        memcpy(slots + slot_mapping[row] * width, rows + row * row_stride, width * sizeof(float));
+        if (slot_mapping[row] >= 0)
+            memcpy(slots + slot_mapping[row] * width, rows + row * row_stride, width * sizeof(float));
 }
 
 /* Softmax in place over scores[0..len). */

@@ -10,12 +10,13 @@ def store_kv(k: Tensor, v: Tensor, kv_layer: Tensor, slot_mapping: Tensor) -> No
     """Write new keys and values to their slots of one layer.
 
     k, v: [num_rows, num_kv_heads, head_dim]; kv_layer: [2, num_blocks, block_size, num_kv_heads,
-    head_dim]; slot_mapping: int64 [num_tokens], num_tokens <= num_rows: rows beyond it are padding.
+    head_dim]; slot_mapping: int64 [num_slots], num_slots <= num_rows: rows beyond it, and those with a
+    negative slot, which come last, are padding.
     """
-    num_tokens = slot_mapping.shape[0]
+    num_tokens = int((slot_mapping >= 0).sum())
     slots = kv_layer.flatten(1, 2)
-    slots[0].index_copy_(0, slot_mapping, k[:num_tokens])
-    slots[1].index_copy_(0, slot_mapping, v[:num_tokens])
+    slots[0].index_copy_(0, slot_mapping[:num_tokens], k[:num_tokens])
+    slots[1].index_copy_(0, slot_mapping[:num_tokens], v[:num_tokens])
 
 
 def copy_blocks(group: Tensor, source_ids: Sequence[int], target_ids: Sequence[int]) -> None:

@@ -92,7 +92,7 @@ def rope_store_kv(
     slot_mapping: Tensor,
     norms: HeadNorms | None = None,
 ) -> None:
-    """See kernels.rope_store; a negative slot is no slot, which pads `slot_mapping` of a captured graph."""
+    """See kernels.rope_store."""
     rope_store_launch(heads, positions, cos_table, sin_table, kv_layer, slot_mapping, norms).run()
 
 

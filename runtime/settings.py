@@ -94,6 +94,10 @@ class EngineSettings(ProcessSettings):
     """Tokens drafted per request and step; auto: as many as pay, so that it is never slower than off."""
     draft_acceptance: Literal["coupled", "rejection"] = "coupled"
     """coupled: the tokens of speculation off; rejection: of the same distribution, whatever the seed."""
+    cuda_graphs: Literal["auto", "off"] = "auto"
+    """auto: on a GPU decode steps are captured at the start and replayed; off: kernel by kernel."""
+    cuda_graph_sizes: list[Count] = Field(default=[])
+    """Numbers of requests that captured steps are padded to; none: 1, 2, 4, 8, 16, ... --max-num-seqs."""
     threads: Count = 1
     """CPU threads of one worker's tensor operations."""
 

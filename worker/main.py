@@ -124,6 +124,8 @@ def _load_engine(settings: WorkerSettings) -> tuple[Engine, str]:
         draft_model=draft_model,
         num_draft_tokens=None if settings.num_draft_tokens == "auto" else settings.num_draft_tokens,
         draft_acceptance=settings.draft_acceptance,
+        cuda_graphs=settings.cuda_graphs,
+        cuda_graph_sizes=tuple(settings.cuda_graph_sizes),
     )
     ranks = start_ranks(path, config, names)
     try:

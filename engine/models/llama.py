@@ -92,8 +92,8 @@ class Llama:
         """Hidden states [n, h] after the final norm; writes the new tokens' KV into their slots.
 
         token_ids, positions: int64 [n]; kv_group: [num_layers, 2, num_blocks, block_size, num_kv_heads,
-        head_dim]; slot_mapping: int64 [num_tokens <= n], rows beyond it are padding. With `final` the result
-        is [len(final.rows), h].
+        head_dim]; slot_mapping: int64 [num_tokens <= n], rows beyond it, or with a negative slot,
+        are padding. With `final` the result is [len(final.rows), h].
         """
         x = F.embedding(token_ids, self._embed)
         residual = torch.zeros_like(x)

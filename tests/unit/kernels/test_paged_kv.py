@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from kernels import ops
+from kernels import ops, paged_kv
 
 SHAPE = (4, 2, 12, 4, 2, 8)
 
@@ -12,10 +12,11 @@ def group():
     return torch.randn(SHAPE)
 
 
-def test_store_writes_its_slots_and_ignores_padding_rows(group):
+@pytest.mark.parametrize("store_kv", [ops.store_kv, paged_kv.store_kv])
+def test_store_writes_its_slots_and_ignores_padding_rows(group, store_kv):
     before = group[1].clone()
     k, v = torch.randn(2, 5, 2, 8)
-    ops.store_kv(k, v, group[1], torch.tensor([9, 0, 47]))
+    store_kv(k, v, group[1], torch.tensor([9, 0, 47, -1]))
     for side, (new, old) in enumerate(((k, before[0]), (v, before[1]))):
         want = old.reshape(48, 2, 8).clone()
         want[9], want[0], want[47] = new[0], new[1], new[2]

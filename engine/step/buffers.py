@@ -1,0 +1,75 @@
+"""Named tensors at fixed places in device memory, filled from the host by one copy."""
+
+import math
+from collections.abc import Mapping
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+ALIGNMENT = 64
+"""Bytes; kernels that are compiled for a place load wide from aligned ones."""
+
+NUM_STAGES = 2
+"""Host copies, used in turn: one is filled while the other one is still on its way."""
+
+Layout = Mapping[str, tuple[torch.dtype, tuple[int, ...]]]
+"""Type and shape of each tensor, in the order of their places."""
+
+
+class StagedBuffers:
+    """One piece of device memory and its twins on the host, pinned if the device is a GPU.
+
+    The host writes `host`, then `send` starts the copy of the front part on the current stream. Whoever
+    calls `send` a third time must have waited for the end of the first copy.
+    """
+
+    def __init__(self, layout: Layout, device: torch.device) -> None:
+        self._ends = _ends(layout)
+        num_bytes = max(self._ends.values())
+        self._stages = [
+            torch.zeros(num_bytes, dtype=torch.uint8, pin_memory=device.type == "cuda")
+            for _ in range(NUM_STAGES)
+        ]
+        self._hosts = [
+            {name: each.numpy() for name, each in _views(stage, layout, self._ends).items()}
+            for stage in self._stages
+        ]
+        self._turn = 0
+        self._memory = torch.zeros(num_bytes, dtype=torch.uint8, device=device)
+        self.device = _views(self._memory, layout, self._ends)
+        """What the kernels read, by name; always at the same addresses."""
+
+    @property
+    def host(self) -> dict[str, NDArray[np.generic]]:
+        """The twin that is next; what it held before is what was sent two turns ago."""
+        return self._hosts[self._turn]
+
+    def send(self, last: str, num_rows: int) -> None:
+        """Copy everything up to the first so many rows of the tensor `last`, and turn to the other twin."""
+        rest = self.device[last][num_rows:]
+        num_bytes = self._ends[last] - rest.numel() * rest.element_size()
+        self._memory[:num_bytes].copy_(self._stages[self._turn][:num_bytes], non_blocking=True)
+        self._turn = (self._turn + 1) % NUM_STAGES
+
+
+def _num_bytes(dtype: torch.dtype, shape: tuple[int, ...]) -> int:
+    return math.prod(shape) * dtype.itemsize
+
+
+def _ends(layout: Layout) -> dict[str, int]:
+    """Where each tensor ends, in bytes; each begins at a multiple of ALIGNMENT."""
+    ends: dict[str, int] = {}
+    end = 0
+    for name, (dtype, shape) in layout.items():
+        start = -(-end // ALIGNMENT) * ALIGNMENT
+        end = ends[name] = start + _num_bytes(dtype, shape)
+    return ends
+
+
+def _views(memory: Tensor, layout: Layout, ends: Mapping[str, int]) -> dict[str, Tensor]:
+    return {
+        name: memory[ends[name] - _num_bytes(dtype, shape) : ends[name]].view(dtype).view(shape)
+        for name, (dtype, shape) in layout.items()
+    }

@@ -1,0 +1,84 @@
+"""Decode steps that are captured once and replayed: a replay is one launch, whatever a step consists of.
+
+1. At the start each shape is captured over a batch of padding, the largest first, all in one memory pool.
+2. A step fills the inputs and replays its shape; what no shape fits runs kernel by kernel (`engine.runner`).
+"""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Protocol, TypeVar
+
+import torch
+
+from engine.batch import Span
+from engine.step.decode_step import DecodeStep, StepLogits
+from engine.step.shapes import StepShape, StepShapes
+
+T = TypeVar("T")
+
+NUM_WARM_UPS = 2
+"""Runs before a capture: the first compiles kernels and lets libraries allocate."""
+
+
+class Recorder(Protocol):
+    """Makes a function that does again what `run` does, over the same tensors."""
+
+    def record(self, run: Callable[[], T]) -> Callable[[], T]:
+        """The function returns the same tensors every time, with new content."""
+        ...
+
+
+class Uncaptured:
+    """Runs it again; any device."""
+
+    def record(self, run: Callable[[], T]) -> Callable[[], T]:
+        """See Recorder."""
+        return run
+
+
+class CudaGraphs:
+    """Captures CUDA graphs that share their memory: what one returns is valid until another one runs."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._stream = torch.cuda.Stream(device)
+        self._pool = torch.cuda.graph_pool_handle()
+
+    def record(self, run: Callable[[], T]) -> Callable[[], T]:
+        """See Recorder; the graph is replayed on the current stream."""
+        self._stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._stream):
+            for _ in range(NUM_WARM_UPS):
+                run()
+        self._stream.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream):
+            result = run()
+
+        def replay() -> T:
+            graph.replay()
+            return result
+
+        return replay
+
+
+class StepGraphs:
+    """A decode step in each of its shapes."""
+
+    def __init__(self, step: DecodeStep, shapes: StepShapes, recorder: Recorder) -> None:
+        self.shapes = shapes
+        self._inputs = step.inputs
+        self._step = step
+        self._recorder = recorder
+        self._replays: dict[StepShape, Callable[[], StepLogits]] = {}
+
+    @torch.inference_mode()
+    def capture(self) -> None:
+        """Record every shape; nothing is read or written but padding."""
+        for shape in self.shapes:
+            self._inputs.fill(shape, [])
+            self._replays[shape] = self._recorder.record(partial(self._step.compute, shape))
+
+    def run(self, shape: StepShape, spans: Sequence[Span]) -> StepLogits:
+        """Start a step; its results are on their way when this returns."""
+        self._inputs.fill(shape, spans)
+        return self._replays[shape]()

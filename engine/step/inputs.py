@@ -1,0 +1,113 @@
+"""The inputs of a decode step, where captured kernels find them.
+
+A batch is padded to its shape: rows behind its own have no slot and belong to no request; requests behind its
+own have no context and no rows. So padding reads nothing and writes nowhere.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from engine.batch import Span
+from engine.step.buffers import Layout, StagedBuffers
+from engine.step.shapes import StepShape
+from kernels.buffered_batch import BufferedBatch
+from kernels.paged_batch import PagedBatch
+
+NO_SLOT = -1
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepViews:
+    """The part of the buffers that a shape uses."""
+
+    token_ids: Tensor
+    """int64 [num_rows]."""
+    positions: Tensor
+    """int64 [num_rows]."""
+    slots: Tensor
+    """int64 [num_rows]; NO_SLOT: padding."""
+    buffers: PagedBatch
+    block_size: int
+
+    def attention(self) -> BufferedBatch:
+        """Which rows read which blocks; to be asked for in every run."""
+        return BufferedBatch.of(self.buffers, self.block_size)
+
+
+class StepInputs:
+    """Buffers for every shape up to a size."""
+
+    def __init__(
+        self,
+        *,
+        max_num_seqs: int,
+        max_num_rows: int,
+        max_model_len: int,
+        block_size: int,
+        device: torch.device,
+    ) -> None:
+        self._max_model_len = max_model_len
+        self._block_size = block_size
+        layout: Layout = {
+            **dict.fromkeys(("token_ids", "positions", "slots"), (torch.int64, (max_num_rows,))),
+            "cu_query_lens": (torch.int32, (max_num_seqs + 1,)),
+            "context_lens": (torch.int32, (max_num_seqs,)),
+            "block_tables": (torch.int32, (max_num_seqs, -(-max_model_len // block_size))),
+        }
+        self._buffers = StagedBuffers(layout, device)
+
+    def views(self, shape: StepShape) -> StepViews:
+        """What a step of this shape reads; at the same places every time."""
+        device, num_seqs = self._buffers.device, shape.num_seqs
+        buffers = PagedBatch(
+            cu_query_lens=device["cu_query_lens"][: num_seqs + 1],
+            context_lens=device["context_lens"][:num_seqs],
+            block_tables=device["block_tables"][:num_seqs],
+            max_query_len=shape.width,
+            max_context_len=self._max_model_len,
+        )
+        return StepViews(
+            token_ids=device["token_ids"][: shape.num_rows],
+            positions=device["positions"][: shape.num_rows],
+            slots=device["slots"][: shape.num_rows],
+            buffers=buffers,
+            block_size=self._block_size,
+        )
+
+    def fill(self, shape: StepShape, spans: Sequence[Span]) -> None:
+        """Write a batch, packed as `engine.batch.pack` packs it, and its padding; no spans: padding alone."""
+        host = self._buffers.host
+        token_ids: list[int] = []
+        positions: list[int] = []
+        ends = [0]
+        for seq, span in enumerate(spans):
+            token_ids += span.token_ids
+            positions += range(span.start, span.start + len(span.token_ids))
+            ends.append(len(token_ids))
+            num_blocks = -(-(span.start + len(span.token_ids)) // self._block_size)
+            host["block_tables"][seq, :num_blocks] = span.table[:num_blocks]
+        context_lens = [span.start + len(span.token_ids) for span in spans]
+        _write(host["token_ids"], token_ids, shape.num_rows, 0)
+        _write(host["positions"], positions, shape.num_rows, 0)
+        _write(host["slots"], self._slots(spans), shape.num_rows, NO_SLOT)
+        _write(host["cu_query_lens"], ends, shape.num_seqs + 1, ends[-1])
+        _write(host["context_lens"], context_lens, shape.num_seqs, 0)
+        self._buffers.send("block_tables", len(spans))
+
+    def _slots(self, spans: Sequence[Span]) -> list[int]:
+        size = self._block_size
+        return [
+            span.table[position // size] * size + position % size
+            for span in spans
+            for position in range(span.start, span.start + len(span.token_ids))
+        ]
+
+
+def _write(target: NDArray[np.generic], values: Sequence[int], length: int, padding: int) -> None:
+    target[: len(values)] = values
+    target[len(values) : length] = padding
