@@ -1,7 +1,7 @@
 """From logits to tokens, one vectorised pass over all rows of a step.
 
-The order is that of transformers: processors of single logits (`logit_edits`), then temperature and
-truncation (`warpers`), then argmax with counter-based Gumbel noise.
+The order is that of transformers: processors of single logits (`logit_edits`), then temperature, truncation
+and argmax with counter-based Gumbel noise (`drawing`).
 """
 
 from collections.abc import Callable, Sequence
@@ -11,13 +11,12 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
+from engine.drawing import choose
 from engine.logit_edits import edit_logits
 from engine.logprobs import token_logprobs
 from engine.request import Request, SamplingParams, TokenLogprob
 from engine.sampler_state import SamplerState
 from engine.structured import Grammars
-from engine.warpers import warp
-from kernels import ops
 
 
 @dataclass(slots=True)
@@ -96,28 +95,6 @@ class Sampler:
             self._states[request] = state
         state.catch_up(request)
         return state
-
-
-def choose(logits: Tensor, requests: Sequence[Request], ahead: Sequence[int] | None = None) -> Tensor:
-    """argmax of each row; of those that are not greedy warped, with noise. See `Sampler.sample`."""
-    token_ids = logits.argmax(-1)
-    random = rows_where(requests, lambda params: not params.greedy)
-    if random:
-        rows = _tensor(random, logits)
-        drawn = [requests[row] for row in random]
-        warped = warp(logits.index_select(0, rows), [request.sampling for request in drawn])
-        token_ids[rows] = ops.sample(
-            warped,
-            _tensor([request.sampling.seed for request in drawn], logits),
-            _tensor(_positions(requests, ahead, random), logits),
-            _tensor([request.choice for request in drawn], logits),
-        )
-    return token_ids
-
-
-def _positions(requests: Sequence[Request], ahead: Sequence[int] | None, rows: Sequence[int]) -> list[int]:
-    """Of the tokens that these rows choose."""
-    return [requests[row].num_tokens + (ahead[row] if ahead else 0) for row in rows]
 
 
 def rows_where(requests: Sequence[Request], holds: Callable[[SamplingParams], bool]) -> list[int]:

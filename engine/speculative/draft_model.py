@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 from engine.batch import Span, pack
+from engine.drawing import choose
 from engine.kv_cache import KvCache
 from engine.models.decoder import Decoder
 from engine.plan import Scheduled
 from engine.request import Request, RequestState
-from engine.sampler import choose
 from engine.speculative.proposer import NO_DRAFT, Draft
 from engine.speculative.rejection import draw_draft
 

@@ -1,6 +1,7 @@
 """Decode steps over persistent buffers: padded, captured, replayed."""
 
 import random
+from collections import Counter
 
 import pytest
 import torch
@@ -42,15 +43,15 @@ def poisoned_pool(spans, seed):
     return pool
 
 
-def graphs_over(model, pool, recorder, shapes):
+def graphs_over(module, pool, recorder, shapes, max_model_len=MAX_LEN):
     inputs = StepInputs(
         max_num_seqs=shapes.max_num_seqs,
         max_num_rows=shapes.max_num_rows,
-        max_model_len=MAX_LEN,
+        max_model_len=max_model_len,
         block_size=BLOCK_SIZE,
         device=torch.device("cpu"),
     )
-    graphs = StepGraphs(DecodeStep(model.module, pool, inputs), shapes, recorder)
+    graphs = StepGraphs(DecodeStep(module, pool, inputs), shapes, recorder)
     graphs.capture()
     return graphs
 
@@ -75,7 +76,7 @@ def test_padded_steps_have_the_bits_of_unpadded_ones_and_touch_nothing_else(tiny
     rng = random.Random(seed)
     shapes = StepShapes([1, 3, 8], [1, 3])
     pool = poisoned_pool([], seed)
-    graphs = graphs_over(tiny_model, pool, recorder(), shapes)
+    graphs = graphs_over(tiny_model.module, pool, recorder(), shapes)
     assert pool.isnan().all(), "a capture writes nowhere"
     for _ in range(4):
         free = rng.sample(range(NUM_BLOCKS), NUM_BLOCKS)
@@ -101,7 +102,7 @@ def test_a_replay_follows_the_buffers_alone(tiny_model, width):
     pool = poisoned_pool([], 0)
     tape = Tape()
     with operators_of_a_gpu():
-        graphs = graphs_over(tiny_model, pool, tape, StepShapes([4], [width]))
+        graphs = graphs_over(tiny_model.module, pool, tape, StepShapes([4], [width]))
     assert pool.isnan().all()
     for num_seqs in (3, 1):
         spans = random_spans(rng, num_seqs, width, rng.sample(range(NUM_BLOCKS), NUM_BLOCKS))
@@ -113,6 +114,22 @@ def test_a_replay_follows_the_buffers_alone(tiny_model, width):
         want = eagerly(tiny_model, before, spans)[1][:num_rows]
         torch.testing.assert_close(logits, want, atol=2e-5, rtol=2e-5)
         torch.testing.assert_close(pool, before, equal_nan=True, atol=2e-5, rtol=2e-5)
+
+
+@pytest.mark.parametrize("width", [1, 4])
+def test_a_layer_is_at_most_ten_kernels(tiny_model, drafted_model, width):
+    """Of two layers and of one, so that what comes once a step cancels out; with contexts that are split."""
+    names = []
+    for module in (drafted_model.draft.module, tiny_model.module):
+        tape, pool = Tape(), torch.zeros(2, 2, NUM_BLOCKS, BLOCK_SIZE, 2, 8)[: len(module.layers)]
+        with operators_of_a_gpu():
+            graphs_over(module, pool, tape, StepShapes([2], [width]), max_model_len=4096)
+        names.append(tape.names)
+    once, twice = map(Counter, names)
+    layer = twice - once
+    assert {"rope_store_kernel", "decode_kernel", "combine_kernel", "silu_mul_kernel"} <= layer.keys()
+    assert layer["rms_norm_kernel"] == 2
+    assert layer.total() <= 10
 
 
 def with_graphs(engine):
