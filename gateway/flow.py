@@ -64,6 +64,8 @@ class Generation:
     """What the client calls fields of SamplingParams, where it differs."""
     cache_salt: str = ""
     """Requests share cached KV only with requests of the same salt."""
+    tenant: str = ""
+    """Tells clients apart: request ids and cached KV of one are nothing to another."""
     origin: Origin = field(default_factory=Origin)
     """How it came in, for its trace."""
 
@@ -74,8 +76,9 @@ class Live:
 
     number: int
     """Names it on the attach streams."""
+    tenant: str
     request_id: str
-    """Names it to the client."""
+    """Names it to the client, together with the tenant."""
     arrived_s: float
     """On the flow's clock."""
     trace: RequestTrace
@@ -101,6 +104,7 @@ class Flow:
         request_timeout_s: float,
         local_prefill_threshold: int,
         migration_timeout_s: float,
+        share_prefix_cache: bool,
     ) -> None:
         self.model = model
         self.fleet = fleet
@@ -116,7 +120,8 @@ class Flow:
         self._request_timeout_s = request_timeout_s
         self._local_prefill_threshold = local_prefill_threshold
         self._migration_timeout_s = migration_timeout_s
-        self._live: dict[str, Live] = {}
+        self._share_prefix_cache = share_prefix_cache
+        self._live: dict[tuple[str, str], Live] = {}
         self._numbers = itertools.count(1)
         self._idle = asyncio.Event()
         self._idle.set()
@@ -175,11 +180,10 @@ class Flow:
         self._telemetry.end(trace, now_s, error)
         self._metrics.ended(error)
 
-    def abort(self, request_ids: Iterable[str]) -> list[str]:
-        """End live requests; returns those of the ids that were live."""
-        found = [
-            self._live[request_id] for request_id in dict.fromkeys(request_ids) if request_id in self._live
-        ]
+    def abort(self, request_ids: Iterable[str], tenant: str = "") -> list[str]:
+        """End live requests of this tenant; returns those of the ids that were live."""
+        names = [(tenant, request_id) for request_id in dict.fromkeys(request_ids)]
+        found = [self._live[name] for name in names if name in self._live]
         for live in found:
             self._stop(live, Cancelled("the request was aborted"))
         return [live.request_id for live in found]
@@ -207,7 +211,7 @@ class Flow:
         error: BaseException | None = None
         live: Live | None = None
         try:
-            live = self._enter(asked.request_id or secrets.token_hex(16), asked.origin)
+            live = self._enter(asked.tenant, asked.request_id or secrets.token_hex(16), asked.origin)
             yield live
         except BaseException as raised:
             error = raised
@@ -220,21 +224,21 @@ class Flow:
                 self._leave(live, error)
                 self._metrics.ended(error)
 
-    def _enter(self, request_id: str, origin: Origin) -> Live:
+    def _enter(self, tenant: str, request_id: str, origin: Origin) -> Live:
         if self.draining:
             raise _shutting_down()
-        if request_id in self._live:
+        if (tenant, request_id) in self._live:
             raise AlreadyExists(f"a live request has the id {request_id!r}", field="request_id")
         now_s = self._clock.now()
         trace = self._telemetry.start(origin, arrived_s=now_s, request_id=request_id, model=self.model.name)
-        live = Live(next(self._numbers), request_id, now_s, trace)
-        self._live[request_id] = live
+        live = Live(next(self._numbers), tenant, request_id, now_s, trace)
+        self._live[tenant, request_id] = live
         self._idle.clear()
         return live
 
     def _leave(self, live: Live, error: BaseException | None) -> None:
         self._telemetry.end(live.trace, self._clock.now(), error)
-        del self._live[live.request_id]
+        del self._live[live.tenant, live.request_id]
         if not self._live:
             self._idle.set()
 
@@ -275,7 +279,7 @@ class Flow:
             bad_words=bad_word_token_ids(self.model.tokenizer, sampling.bad_words),
             deadline=asyncio.get_running_loop().time() + left_s,
             priority=asked.priority,
-            cache_salt=asked.cache_salt,
+            cache_salt=asked.cache_salt if self._share_prefix_cache else asked.tenant + asked.cache_salt,
             traceparent=live.trace.traceparent,
             with_logprobs=asked.sampling.HasField("logprobs"),
         )

@@ -27,6 +27,7 @@ from gateway.output import Delta, join
 from gateway.prompts import tokenize
 from gateway.tracing import Origin
 from gateway.validation import check_prompt
+from runtime.access import Keys
 from runtime.admin_http import json_response
 from runtime.errors import Internal, InvalidRequest, TandemError
 from runtime.version import VERSION
@@ -35,7 +36,9 @@ from runtime.version import VERSION
 class HttpFace:
     """Endpoints over one flow."""
 
-    def __init__(self, flow: Flow, *, max_body_bytes: int) -> None:
+    def __init__(self, flow: Flow, api_keys: Keys, *, max_body_bytes: int) -> None:
+        """`api_keys` have been checked; they tell clients apart."""
+        self._api_keys = api_keys
         self._flow = flow
         self._max_body_bytes = max_body_bytes
         self._started = int(time.time())
@@ -103,7 +106,8 @@ class HttpFace:
     async def _generate(self, request: Request, asked: openai.ApiRequest) -> Response:
         request_id = request_id_of(request, asked.request_id)
         answer = Answer(asked, request_id, self._flow.model.name, self._flow.model.tokenizer)
-        deltas = self._flow.stream(_generation(request, asked, request_id))
+        tenant = self._api_keys.tenant(request.headers.getlist("authorization"))
+        deltas = self._flow.stream(_generation(request, asked, request_id, tenant))
         if asked.stream:
             return EventStream(_events(asked, answer, deltas))
         joined = await until_disconnect(request.receive, _collect(deltas))
@@ -121,7 +125,7 @@ class HttpFace:
         }
 
 
-def _generation(request: Request, asked: openai.ApiRequest, request_id: str) -> Generation:
+def _generation(request: Request, asked: openai.ApiRequest, request_id: str, tenant: str) -> Generation:
     return Generation(
         request_id=request_id,
         prompt=asked.prompt,
@@ -132,6 +136,7 @@ def _generation(request: Request, asked: openai.ApiRequest, request_id: str) -> 
         default_max_tokens=asked.default_max_tokens,
         names=asked.names,
         cache_salt=asked.cache_salt,
+        tenant=tenant,
         origin=_origin(request, "chat" if asked.kind == "chat" else "text_completion", stream=asked.stream),
     )
 

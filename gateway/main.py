@@ -81,6 +81,7 @@ class Gateway:
             request_timeout_s=settings.request_timeout_s,
             local_prefill_threshold=settings.local_prefill_threshold,
             migration_timeout_s=settings.migration_timeout_s,
+            share_prefix_cache=settings.share_prefix_cache,
         )
         self._health = health.aio.HealthServicer()
         self._api_keys = Keys.parse(settings.api_keys)
@@ -108,7 +109,8 @@ class Gateway:
         """Take all ports; StartupError names the flag of one that is taken."""
         settings = self._settings
         self._socket = bind(settings.host, settings.http_port, "--http-port")
-        inference_pb2_grpc.add_InferenceServiceServicer_to_server(InferenceServicer(self.flow), self._public)
+        servicer = InferenceServicer(self.flow, self._api_keys)
+        inference_pb2_grpc.add_InferenceServiceServicer_to_server(servicer, self._public)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._public)
         if settings.reflection:
             names = (SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME)
@@ -178,7 +180,7 @@ class Gateway:
 
     def _app(self) -> Any:
         routes = admin_routes(self.metrics.registry, self.state, self.not_ready)
-        face = HttpFace(self.flow, max_body_bytes=self._settings.max_body_bytes)
+        face = HttpFace(self.flow, self._api_keys, max_body_bytes=self._settings.max_body_bytes)
         app = Guard(
             build_app(face, routes),
             api_keys=self._api_keys,

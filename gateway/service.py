@@ -3,6 +3,7 @@
 import secrets
 from collections.abc import AsyncIterator
 from contextlib import aclosing
+from dataclasses import replace
 from typing import Any, TypeAlias
 
 import grpc.aio
@@ -16,6 +17,7 @@ from gateway.tracing import Origin
 from gateway.validation import check_prompt
 from protos.tandem.v1 import common_pb2, inference_pb2, inference_pb2_grpc
 from runtime import rpc
+from runtime.access import Keys
 from runtime.errors import InvalidRequest
 from runtime.version import VERSION
 
@@ -29,8 +31,10 @@ Context: TypeAlias = grpc.aio.ServicerContext[Any, Any]
 class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
     """Skin over one flow: the client's deadline is the request's, its cancel an abort."""
 
-    def __init__(self, flow: Flow) -> None:
+    def __init__(self, flow: Flow, api_keys: Keys) -> None:
+        """`api_keys` have been checked; they tell clients apart."""
         self._flow = flow
+        self._api_keys = api_keys
 
     async def Generate(
         self, request: inference_pb2.GenerateRequest, context: Context
@@ -75,7 +79,12 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
             traceparent=metadata.get("traceparent", "")[:256],
         )
         with self._flow.reading(origin):
-            return _generation(request, context.time_remaining(), metadata.get("x-request-id", ""), origin)
+            asked = _generation(request, context.time_remaining(), metadata.get("x-request-id", ""), origin)
+        return replace(asked, tenant=self._tenant(context))
+
+    def _tenant(self, context: Context) -> str:
+        metadata = context.invocation_metadata() or ()
+        return self._api_keys.tenant([value for key, value in metadata if key == "authorization"])
 
     async def Tokenize(
         self, request: inference_pb2.TokenizeRequest, context: Context
@@ -135,8 +144,9 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
     async def Abort(
         self, request: inference_pb2.AbortRequest, context: Context
     ) -> inference_pb2.AbortResponse:
-        """End live requests; unknown ids are no error."""
-        return inference_pb2.AbortResponse(aborted=self._flow.abort(request.request_ids))
+        """End live requests of the caller; unknown ids are no error."""
+        aborted = self._flow.abort(request.request_ids, self._tenant(context))
+        return inference_pb2.AbortResponse(aborted=aborted)
 
 
 def _generation(

@@ -63,6 +63,8 @@ class GatewaySettings(ProcessSettings):
     """gRPC server reflection on the public port."""
     api_keys: Secret = None
     """Keys of which clients must show one (Bearer), with commas between; unset: everybody is served."""
+    share_prefix_cache: bool = False
+    """Requests of different API keys may share cached blocks, and see by their speed what others asked."""
 
 
 class EngineSettings(ProcessSettings):

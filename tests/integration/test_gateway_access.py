@@ -10,7 +10,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2_grpc
 
 from gateway.service import SERVICE
-from protos.tandem.v1 import inference_pb2, inference_pb2_grpc, registry_pb2, registry_pb2_grpc
+from protos.tandem.v1 import common_pb2, inference_pb2, inference_pb2_grpc, registry_pb2, registry_pb2_grpc
 from runtime import rpc
 from runtime.errors import Unauthenticated
 from tandem.client import Client
@@ -181,3 +181,42 @@ async def test_without_a_secret_all_may_register_on_loopback() -> None:
         with pytest.raises(grpc.aio.AioRpcError) as raised:
             await stub.Register(iter([registry_pb2.RegisterRequest()])).read()
         assert raised.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+
+
+def shown(key: str) -> tuple[tuple[str, str], ...]:
+    return (("authorization", f"Bearer {key}"),)
+
+
+async def test_keys_share_neither_request_ids_nor_cached_blocks() -> None:
+    async with cluster(*PAIR, **KEYS) as made, grpc.aio.insecure_channel(made.grpc) as channel:
+        made.workers["d1"].faults.token_delay_s = 0.02
+        api = inference_pb2_grpc.InferenceServiceStub(channel)
+        asked = inference_pb2.GenerateRequest(
+            request_id="same", token_ids=inference_pb2.TokenIds(ids=PROMPT), cache_salt="s"
+        )
+        calls = {key: api.Generate(asked, metadata=shown(key)) for key in ("key-one", "key-two")}
+        for call in calls.values():
+            assert (await call.read()).request_id == "same"
+        first, second = (submit.cache_salt for submit in made.workers["d1"].submits)
+        assert first != second
+        assert first.endswith("s")
+        abort = inference_pb2.AbortRequest(request_ids=["same"])
+        assert (await api.Abort(abort, metadata=shown("key-one"))).aborted == ["same"]
+        while (answer := await calls["key-one"].read()) is not grpc.aio.EOF:
+            reason = answer.finish_reason
+        assert reason == common_pb2.FINISH_REASON_ABORT
+        assert (await calls["key-two"].read()).token_ids, "it goes on"
+        calls["key-two"].cancel()
+        await made.quiet()
+
+
+async def test_keys_that_share_the_prefix_cache() -> None:
+    async with cluster(*PAIR, **KEYS, share_prefix_cache=True) as made, http(made) as client:
+        for key in ("key-one", "key-two"):
+            headers = {"authorization": f"Bearer {key}"}
+            await client.post(
+                "/v1/completions",
+                json={"prompt": PROMPT, "max_tokens": 1, "cache_salt": "s"},
+                headers=headers,
+            )
+        assert [submit.cache_salt for submit in made.workers["d1"].submits] == ["s", "s"]
