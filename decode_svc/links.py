@@ -29,7 +29,7 @@ from kvtransfer.actions import (
     TransferFailed,
 )
 from kvtransfer.handshake import answer
-from kvtransfer.plan import choose_slab_bytes
+from kvtransfer.plan import MAX_SLAB_BYTES, choose_slab_bytes
 from kvtransfer.receiver import ReceiverLink
 from kvtransfer.receiver_pump import ReceiverPump
 from kvtransfer.states import Tombstones, TransferState
@@ -40,9 +40,10 @@ from runtime.clock import SystemClock
 from runtime.errors import InvalidRequest, TandemError, Unavailable
 from runtime.limits import LINK_TIMEOUT_S
 from worker.control_stream import ControlStream, Envelope
-from worker.epoch import Failure, LinkCounts, drive, offered_transports, open_transport
+from worker.epoch import Failure, LinkCounts, drive
 from worker.link_messages import to_response
 from worker.main import WorkerParts
+from worker.transports import open_transport, usable_transports
 
 logger = logging.getLogger(__name__)
 
@@ -76,14 +77,15 @@ class DecodeLinks(kvlink_pb2_grpc.KvLinkServiceServicer):
         self._parts = parts
         self._intake = intake
         self._links: dict[str, DecodeLink] = {}
+        self._transports = usable_transports(parts.settings, parts.engine)
         self._epochs = itertools.count(1)
         # One entry per prefill worker ever seen; they keep their ids over restarts.
         self._ended: defaultdict[str, Tombstones] = defaultdict(Tombstones)
 
     @property
-    def num_open(self) -> int:
-        """Links with a live epoch."""
-        return len(self._links)
+    def open_transports(self) -> dict[str, str]:
+        """Of the links with a live epoch, by the worker at their other end."""
+        return {worker_id: link.transport for worker_id, link in self._links.items()}
 
     def holding(self, transfer_id: bytes) -> "DecodeLink | None":
         """The link that holds an Offer of this transfer."""
@@ -119,7 +121,8 @@ class DecodeLinks(kvlink_pb2_grpc.KvLinkServiceServicer):
         worker_id = hello.sender.worker_id
         welcome = self._answer(hello)
         stream.post(welcome)
-        transport = await open_transport(welcome, 1, stream, self._parts.settings)
+        device = self._transports.device
+        transport = await open_transport(welcome, 1, stream, self._parts.settings, device)
         ended = self._ended[worker_id]
         link = DecodeLink(self._parts, self._intake, stream, welcome, transport, ended, worker_id)
         before = self._links.pop(worker_id, None)
@@ -128,7 +131,8 @@ class DecodeLinks(kvlink_pb2_grpc.KvLinkServiceServicer):
         self._links[worker_id] = link
         logger.info("link from %s is up: epoch %d over %s", worker_id, welcome.epoch, welcome.transport)
         try:
-            await link.run()
+            with self._parts.metrics.links.labels(welcome.transport).track_inprogress():
+                await link.run()
         except TandemError as error:
             self._parts.metrics.links_retired.inc()
             logger.warning("link from %s: %s", worker_id, error.message)
@@ -143,8 +147,8 @@ class DecodeLinks(kvlink_pb2_grpc.KvLinkServiceServicer):
             hello,
             facts=facts,
             boot_id=self._parts.identity.boot_id,
-            transports=offered_transports(self._parts.settings),
-            slab_bytes=choose_slab_bytes(facts, num_blocks),
+            refusal=self._transports.refusal,
+            slab_bytes=lambda name: choose_slab_bytes(facts, num_blocks, MAX_SLAB_BYTES[name]),
             num_slabs=NUM_SLABS,
             epoch=next(self._epochs),
         )
@@ -169,6 +173,7 @@ class DecodeLink:
         self.failure = Failure()
         facts = parts.facts.with_groups(welcome.num_groups)
         self.num_groups = welcome.num_groups
+        self.transport = welcome.transport
         link = ReceiverLink(facts=facts, welcome=welcome, clock=SystemClock(), ended=ended)
         self._pump = ReceiverPump(
             link,

@@ -69,9 +69,9 @@ class DecodeRole:
             kvlink_pb2.DESCRIPTOR.services_by_name["KvLinkService"].full_name,
         ]
 
-    def num_links(self) -> int:
-        """Links with a live epoch."""
-        return self._links.num_open
+    def links(self) -> dict[str, str]:
+        """Transports of the links with a live epoch, by peer."""
+        return self._links.open_transports
 
     def num_transfers(self) -> int:
         """Transfers that have not ended."""

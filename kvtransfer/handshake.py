@@ -1,6 +1,6 @@
 """Opening of an epoch: the receiver answers a Hello, the sender judges the Welcome."""
 
-from collections.abc import Sequence
+from collections.abc import Callable
 
 from kvtransfer.errors import LinkViolation
 from kvtransfer.layout import KvFacts, layer_block_bytes
@@ -20,29 +20,39 @@ def answer(
     *,
     facts: KvFacts,
     boot_id: str,
-    transports: Sequence[str],
-    slab_bytes: int,
+    refusal: Callable[[str, bytes], str | None],
+    slab_bytes: Callable[[str], int],
     num_slabs: int,
     epoch: int,
 ) -> Welcome:
     """The receiver's choices for this epoch.
 
-    Takes the first of the sender's transports that this side has too. Raises Mismatch if the hello is meant
-    for another boot, if a KV fact that matters differs (all are named), or if no transport is common.
+    Takes the first of the sender's transports, each with its proof, for which `refusal` has no reason;
+    `slab_bytes` is by transport. Raises Mismatch if the hello is meant for another boot, if a KV fact that
+    matters differs (all are named), or if every transport is refused (with all reasons).
     """
     if hello.receiver_boot_id != boot_id:
         raise Mismatch(f"boot {hello.receiver_boot_id} was wanted, this is boot {boot_id}")
     num_groups = facts.num_common_groups(hello.facts)
-    common = [name for name in hello.transports if name in transports]
-    if not common:
-        raise Mismatch(f"transports: none of {list(transports)} in {list(hello.transports)}")
+    transport = _first_accepted(hello, refusal)
     return Welcome(
         epoch=epoch,
-        transport=common[0],
-        frame_sizes=frame_sizes(slab_bytes),
+        transport=transport,
+        frame_sizes=frame_sizes(slab_bytes(transport)),
         num_slabs=num_slabs,
         num_groups=num_groups,
     )
+
+
+def _first_accepted(hello: Hello, refusal: Callable[[str, bytes], str | None]) -> str:
+    reasons = []
+    proofs = (*hello.transport_proofs, *[b""] * len(hello.transports))
+    for name, proof in zip(hello.transports, proofs, strict=False):
+        reason = refusal(name, proof)
+        if reason is None:
+            return name
+        reasons.append(f"{name}: {reason}")
+    raise Mismatch("no transport for this link: " + "; ".join(reasons))
 
 
 def require_usable(welcome: Welcome, hello: Hello, *, max_slab_bytes: int) -> None:

@@ -16,6 +16,7 @@ class Hello:
     receiver_rank: int
     facts: KvFacts
     transports: tuple[str, ...]
+    transport_proofs: tuple[bytes, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -91,11 +91,12 @@ class SenderPump(Pump[SenderAction]):
         checksum = self._checksum(slab[: frame.payload_bytes])
         with self.lock:
             header = self.link.frame_gathered(frame, checksum)
-            if header is not None:
-                self._post(header)
-        if header is not None:
-            self._num_announced += 1
-            self._on_wire.append((frame, self._transport.start_send(slab[: frame.size_bytes])))
+            if header is None:
+                return
+            pending = self._transport.start_send(slab[: frame.size_bytes])
+            self._post(header)
+        self._num_announced += 1
+        self._on_wire.append((frame, pending))
 
     def _finish_oldest(self) -> None:
         frame, pending = self._on_wire[0]

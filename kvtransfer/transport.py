@@ -41,7 +41,10 @@ class Transport(Protocol):
         ...
 
     def start_send(self, view: Tensor) -> PendingSend:
-        """Begin to send the head of the next frame's slab. Raises TransportBroken."""
+        """Begin to send the head of the next frame's slab, before its header is posted. Never blocks.
+
+        Raises TransportBroken.
+        """
         ...
 
     def recv(self, view: Tensor) -> None:

@@ -13,6 +13,7 @@ Everything here belongs to the event loop but for `_gather`, which the pump's th
 
 import asyncio
 import logging
+from collections import defaultdict
 from collections.abc import AsyncIterator
 from typing import Protocol
 
@@ -32,10 +33,12 @@ from kvtransfer.actions import (
 )
 from kvtransfer.errors import TransportBroken
 from kvtransfer.handshake import require_usable
+from kvtransfer.offers import Transports
 from kvtransfer.plan import MAX_SLAB_BYTES, rectangles
 from kvtransfer.sender import SenderLink, Unacknowledged
 from kvtransfer.sender_pump import SenderPump
 from kvtransfer.states import Tombstones
+from kvtransfer.transport import Transport
 from prefill_svc.export import Export
 from protos.tandem.v1 import common_pb2, kvlink_pb2, kvlink_pb2_grpc
 from runtime import rpc
@@ -45,9 +48,10 @@ from runtime.errors import TandemError, Unavailable
 from runtime.limits import LINK_TIMEOUT_S
 from worker.attach import AttemptKey
 from worker.control_stream import ControlStream, Envelope
-from worker.epoch import Failure, LinkCounts, drive, offered_transports, open_transport
+from worker.epoch import Failure, LinkCounts, drive
 from worker.link_messages import to_request
 from worker.main import WorkerParts
+from worker.transports import open_transport, usable_transports
 
 logger = logging.getLogger(__name__)
 
@@ -79,12 +83,15 @@ class PrefillLinks:
         self._parts = parts
         self._owner = owner
         self._links: dict[str, PrefillLink] = {}
+        self._transports = usable_transports(parts.settings, parts.engine)
+        # By the boot id of a receiver: transports that it accepted and that could not be opened then.
+        self._failed: defaultdict[str, set[str]] = defaultdict(set)
         self._tasks: asyncio.TaskGroup | None = None
 
     @property
-    def num_open(self) -> int:
-        """Links with a live epoch."""
-        return sum(link.is_open for link in self._links.values())
+    def open_transports(self) -> dict[str, str]:
+        """Of the links with a live epoch, by the worker at their other end."""
+        return {link.peer_id: link.transport for link in self._links.values() if link.transport}
 
     async def run(self) -> None:
         """Own the links' tasks until cancelled."""
@@ -97,7 +104,8 @@ class PrefillLinks:
         if link is None:
             if self._tasks is None:
                 raise Unavailable("the worker is starting", retryable=True)
-            link = self._links[peer.boot_id] = PrefillLink(self._parts, peer, self._owner)
+            link = PrefillLink(self._parts, peer, self._owner, self._transports, self._failed[peer.boot_id])
+            self._links[peer.boot_id] = link
             self._tasks.create_task(self._run(link, peer.boot_id))
         link.add(export)
 
@@ -121,23 +129,35 @@ class PrefillLinks:
 class PrefillLink:
     """The link to one boot of one decode worker, epoch after epoch."""
 
-    def __init__(self, parts: WorkerParts, peer: common_pb2.WorkerIdentity, owner: ExportOwner) -> None:
+    def __init__(
+        self,
+        parts: WorkerParts,
+        peer: common_pb2.WorkerIdentity,
+        owner: ExportOwner,
+        transports: Transports,
+        failed: set[str],
+    ) -> None:
         self._parts = parts
         self._peer = peer
         self._owner = owner
+        self._transports = transports
+        # Of these, those that could not be opened.
+        self._failed = failed
         self._clock = SystemClock()
         self._exports: dict[bytes, Export] = {}
         self._ended = Tombstones()
         self._unacknowledged: tuple[Unacknowledged, ...] = ()
         self._pump: SenderPump | None = None
+        self.transport = ""
+        """Of the live epoch; empty between epochs."""
         self._slab_bytes = 0
         self._facts = parts.facts
         self._credentials = call_metadata(parts.settings.internal_secret)
 
     @property
-    def is_open(self) -> bool:
-        """Whether an epoch is live."""
-        return self._pump is not None
+    def peer_id(self) -> str:
+        """The worker at the other end."""
+        return self._peer.worker_id
 
     def add(self, export: Export) -> None:
         """Offer a transfer now, or when the epoch begins."""
@@ -209,7 +229,7 @@ class PrefillLink:
 
     async def _serve(self, stream: ControlStream, repeated: tuple[Unacknowledged, ...]) -> None:
         welcome = await self._shake_hands(stream)
-        transport = await open_transport(welcome, 0, stream, self._parts.settings)
+        transport = await self._open(welcome, stream)
         self._facts = self._parts.facts.with_groups(welcome.num_groups)
         link = SenderLink(facts=self._facts, welcome=welcome, clock=self._clock, ended=self._ended)
         for action in link.adopt(repeated):
@@ -230,32 +250,44 @@ class PrefillLink:
             "link to %s is up: epoch %d over %s", self._peer.worker_id, welcome.epoch, welcome.transport
         )
         try:
-            await drive(stream, pump, failure, moved.update)
+            with self._parts.metrics.links.labels(welcome.transport).track_inprogress():
+                await drive(stream, pump, failure, moved.update)
         finally:
-            self._pump = None
+            self._pump, self.transport = None, ""
             self._unacknowledged = link.take_unacknowledged()
 
+    async def _open(self, welcome: m.Welcome, stream: ControlStream) -> Transport:
+        device = self._transports.device
+        try:
+            return await open_transport(welcome, 0, stream, self._parts.settings, device)
+        except TransportBroken:
+            self._failed.add(welcome.transport)
+            raise
+
     async def _shake_hands(self, stream: ControlStream) -> m.Welcome:
-        hello = m.Hello(
-            sender=self._parts.identity,
-            receiver_boot_id=self._peer.boot_id,
-            stage=0,
-            sender_rank=0,
-            receiver_rank=0,
-            facts=self._parts.facts,
-            transports=offered_transports(self._parts.settings),
-        )
-        stream.post(hello)
-        async with asyncio.timeout(LINK_TIMEOUT_S):
-            welcome = await stream.receive()
+        transports = self._transports.without(self._failed)
+        with transports.proofs() as proofs:
+            hello = m.Hello(
+                sender=self._parts.identity,
+                receiver_boot_id=self._peer.boot_id,
+                stage=0,
+                sender_rank=0,
+                receiver_rank=0,
+                facts=self._parts.facts,
+                transports=transports.names,
+                transport_proofs=proofs,
+            )
+            stream.post(hello)
+            async with asyncio.timeout(LINK_TIMEOUT_S):
+                welcome = await stream.receive()
         if not isinstance(welcome, m.Welcome):
             raise Unavailable(f"expected a welcome, got {type(welcome).__name__}", retryable=True)
-        require_usable(welcome, hello, max_slab_bytes=MAX_SLAB_BYTES)
+        require_usable(welcome, hello, max_slab_bytes=MAX_SLAB_BYTES.get(welcome.transport, 0))
         return welcome
 
     def _begin(self, pump: SenderPump, welcome: m.Welcome, repeated: set[bytes]) -> None:
         self._slab_bytes = welcome.frame_sizes[0]
-        self._pump = pump
+        self._pump, self.transport = pump, welcome.transport
         pump.start()
         for export in [export for export in self._exports.values() if export.transfer_id not in repeated]:
             self._offer(pump, export)

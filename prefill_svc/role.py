@@ -48,9 +48,9 @@ class PrefillRole:
         prefill_pb2_grpc.add_PrefillServiceServicer_to_server(PrefillServicer(self._bridge), server)
         return [prefill_pb2.DESCRIPTOR.services_by_name["PrefillService"].full_name]
 
-    def num_links(self) -> int:
-        """Links with a live epoch."""
-        return self._links.num_open
+    def links(self) -> dict[str, str]:
+        """Transports of the links with a live epoch, by peer."""
+        return self._links.open_transports
 
     def num_transfers(self) -> int:
         """Exports that have not ended."""

@@ -11,6 +11,7 @@ from runtime.config import Settings
 
 Port = Annotated[int, Field(ge=0, le=65535)]
 Count = Annotated[int, Field(ge=1)]
+Transport = Literal["auto", "gloo", "shm"]
 Secret = Annotated[str | None, Field(repr=False)]
 """Shown nowhere and on no command line of ours; TANDEM_<NAME>_FILE names a file that holds it."""
 
@@ -121,8 +122,8 @@ class WorkerSettings(EngineSettings):
     """Processes that compute the model together, each on a share of its heads."""
     devices: str = ""
     """GPUs of this worker, one for each of these processes, for example 0,1; empty: the CPU."""
-    transport: Literal["auto", "gloo"] = "auto"
-    """How KV slabs move; auto: the best that both ends have."""
+    transport: Transport = "auto"
+    """How KV slabs move; auto: the best that both ends have. shm needs one host."""
     kv_interface_host: str | None = None
     """Address that the KV data sockets bind to; unset: the advertised one if that is auto, else --host."""
 
@@ -142,5 +143,5 @@ class UpSettings(GatewaySettings, EngineSettings):
     """GPUs of the prefill workers, for example 0,1: --prefill-tp for each in turn; empty: the CPU."""
     decode_devices: str = ""
     """GPUs of the decode workers, for example 2,3: --decode-tp for each in turn; empty: the CPU."""
-    transport: Literal["auto", "gloo"] = "auto"
+    transport: Transport = "auto"
     """How KV slabs move between workers."""

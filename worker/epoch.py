@@ -5,20 +5,13 @@ import asyncio
 from collections.abc import Callable
 from typing import Any, Protocol
 
-from kvtransfer.messages import Welcome
 from kvtransfer.states import LinkStatistics
-from kvtransfer.transport import NUM_SENDER_SLABS, Transport, make_slabs
-from kvtransfer.transports.gloo import GlooTransport
-from runtime.errors import Mismatch, Unavailable
-from runtime.settings import WorkerSettings
+from runtime.errors import Unavailable
 from worker.control_stream import ControlStream
 from worker.metrics import WorkerMetrics
 
 TICK_S = 0.25
 """How often deadlines are looked at."""
-
-TRANSPORTS = ("gloo",)
-"""What this build has, best first."""
 
 
 class Pump(Protocol):
@@ -39,22 +32,6 @@ class Pump(Protocol):
     def statistics(self) -> LinkStatistics:
         """Counts since the epoch began."""
         ...
-
-
-def offered_transports(settings: WorkerSettings) -> tuple[str, ...]:
-    """The transports that this worker will use, best first."""
-    return TRANSPORTS if settings.transport == "auto" else (settings.transport,)
-
-
-async def open_transport(
-    welcome: Welcome, rank: int, stream: ControlStream, settings: WorkerSettings
-) -> Transport:
-    """Build this end of the chosen transport, rank 0 sends; addresses travel over the control stream."""
-    if welcome.transport not in TRANSPORTS:
-        raise Mismatch(f"transport {welcome.transport!r} is not known here")
-    slabs = make_slabs(welcome.num_slabs if rank else NUM_SENDER_SLABS, welcome.frame_sizes[0])
-    host = settings.kv_interface_host or settings.host
-    return await asyncio.to_thread(GlooTransport.open, rank, stream.swap_from_thread, slabs, hostname=host)
 
 
 class Failure:

@@ -75,7 +75,8 @@ def _from_hello(hello: m.Hello) -> pb.Hello:
 
 def _to_hello(hello: pb.Hello) -> m.Hello:
     values = {item.name: getattr(hello, item.name) for item in fields(m.Hello)}
-    return m.Hello(**(values | {"facts": _to_facts(hello.facts), "transports": tuple(hello.transports)}))
+    lists = {name: tuple(values[name]) for name in ("transports", "transport_proofs")}
+    return m.Hello(**(values | lists | {"facts": _to_facts(hello.facts)}))
 
 
 def _from_facts(facts: KvFacts) -> pb.KvFacts:

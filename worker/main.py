@@ -76,8 +76,8 @@ class Role(AttemptHandler, StepHandler, Protocol):
         """Add the role's gRPC services; returns their full names."""
         ...
 
-    def num_links(self) -> int:
-        """KV links that are open."""
+    def links(self) -> dict[str, str]:
+        """Transports of the KV links that are open, by the worker at the other end."""
         ...
 
     def num_transfers(self) -> int:
@@ -287,7 +287,7 @@ class Worker:
         return load
 
     def _state(self) -> dict[str, Any]:
-        load = self._load()
+        load, links = self._load(), self._role.links()
         return {
             "id": self._identity.worker_id,
             "boot_id": self._identity.boot_id,
@@ -300,7 +300,8 @@ class Worker:
             "requests_waiting": load.requests_waiting,
             "attempts": self._bridge.hub.num_live,
             "transfers": load.transfers,
-            "links": self._role.num_links(),
+            "links": len(links),
+            "transports": links,
             "steps": self._bridge.thread.num_steps,
         }
 

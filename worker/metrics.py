@@ -64,6 +64,7 @@ class WorkerMetrics:
         self.loop_lag = self._histogram(
             "event_loop_lag_seconds", "How late the event loop runs what is due.", LAG_BUCKETS
         )
+        self.links = gauge("kv_links", "KV links that are open, by how their slabs move.", ["transport"])
         self.links_retired = counter("kv_links_retired_total", "Epochs of KV links that failed.")
         self.running = gauge("num_requests_running", "Requests in the batch.")
         self.waiting = gauge("num_requests_waiting", "Requests that wait for the engine.")
@@ -86,8 +87,8 @@ class WorkerMetrics:
     ) -> Histogram:
         return Histogram(PREFIX + name, text, labels or [], buckets=buckets, registry=self.registry)
 
-    def _gauge(self, name: str, text: str) -> Gauge:
-        return Gauge(PREFIX + name, text, registry=self.registry)
+    def _gauge(self, name: str, text: str, labels: list[str] | None = None) -> Gauge:
+        return Gauge(PREFIX + name, text, labels or [], registry=self.registry)
 
     def preempted(self, preempted: Sequence[Preempted]) -> None:
         """Count what a step has preempted."""

@@ -120,9 +120,9 @@ def own_address() -> str:
 
 @pytest.fixture(scope="module")
 def exposed() -> Iterator[tuple[Up, str]]:
-    """A server that other machines can reach, and the address by which they do."""
+    """A server that other machines can reach, and the address by which they do; with gloo's sockets."""
     host = own_address()
-    up = Up("--host=0.0.0.0", f"--api-keys={KEY}")
+    up = Up("--host=0.0.0.0", f"--api-keys={KEY}", "--transport=gloo")
     yield up, host
     up.stop()
 

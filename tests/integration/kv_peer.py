@@ -6,7 +6,9 @@ import threading
 import torch
 
 from kvtransfer.transports.gloo import GlooTransport
-from tests.integration.kv_services import SenderService, slabs_of
+from kvtransfer.transports.mapped import MappedTransport
+from kvtransfer.transports.shm import HostSharing
+from tests.integration.kv_services import SLAB_BYTES, WELCOME, SenderService, slabs_of
 
 
 def rendezvous(pipe):
@@ -21,7 +23,19 @@ def rendezvous(pipe):
     return exchange
 
 
-def run_sender(pipe, timeout_s):
+def open_gloo(rank, exchange, timeout_s):
+    return GlooTransport.open(rank, exchange, slabs_of(rank), timeout_s=timeout_s)
+
+
+def open_shm(rank, exchange, timeout_s):
+    sharing = HostSharing()
+    return MappedTransport.open(rank, exchange, sharing, WELCOME.num_slabs, SLAB_BYTES, timeout_s=timeout_s)
+
+
+OPENERS = {"gloo": open_gloo, "shm": open_shm}
+
+
+def run_sender(pipe, timeout_s, transport_name="gloo"):
     """A prefill worker's links, one after another; ends when the pipe does."""
     torch.set_num_threads(1)
     pipe.send("ready")
@@ -38,7 +52,7 @@ def run_sender(pipe, timeout_s):
         except EOFError:
             os._exit(0)
         if kind == "open":
-            transport = GlooTransport.open(0, rendezvous(pipe), slabs_of(0), timeout_s=timeout_s)
+            transport = OPENERS[transport_name](0, rendezvous(pipe), timeout_s)
             service = SenderService(transport, post)
             service.pump.start()
         elif kind == "message":

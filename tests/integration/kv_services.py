@@ -54,6 +54,7 @@ class Events:
         self.all = []
         self.failures = []
         self.failed_at = None
+        self.on_failed = lambda reason: None
 
     def add(self, event):
         with self.changed:
@@ -65,6 +66,7 @@ class Events:
             self.failures.append(reason)
             self.failed_at = time.monotonic()
             self.changed.notify_all()
+        self.on_failed(reason)
 
     def wait(self, done, timeout_s=5.0):
         with self.changed:

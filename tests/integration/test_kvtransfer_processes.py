@@ -1,10 +1,12 @@
-"""Two processes over gloo: equal bytes, killed peers, stopped peers, links built again."""
+"""Two processes over gloo or shared memory: equal bytes, killed peers, stopped peers, links built again."""
 
+import gc
 import multiprocessing
 import os
 import signal
 import threading
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -13,9 +15,10 @@ import torch
 from kvtransfer.actions import TransferCommitted, TransferFailed
 from kvtransfer.errors import TransportBroken
 from kvtransfer.messages import FrameHeader, Offer
+from kvtransfer.states import TransferState
 from kvtransfer.transports.gloo import GlooTransport
 from tests.integration import kv_peer
-from tests.integration.kv_services import ReceiverService, slabs_of
+from tests.integration.kv_services import ReceiverService
 
 LARGE_BYTES = 256 << 20
 
@@ -54,10 +57,10 @@ class Peer:
         self.pipe.send(blob)
         return theirs
 
-    def open(self, timeout_s):
+    def open(self, timeout_s, kind="gloo"):
         """A fresh epoch between a new receiver here and the child's sender."""
         self.pipe.send(("open", None))
-        transport = GlooTransport.open(1, self.exchange, slabs_of(1), timeout_s=timeout_s)
+        transport = kv_peer.OPENERS[kind](1, self.exchange, timeout_s)
         receiver = ReceiverService(transport, lambda message: self.pipe.send(("message", message)))
         receiver.pump.start()
         return receiver
@@ -70,6 +73,7 @@ class Peer:
                 try:
                     _, message = self.pipe.recv()
                 except (EOFError, OSError):
+                    receiver.pump.fail("the control stream ended")
                     return
                 if isinstance(message, torch.Tensor):
                     self.pool = message
@@ -141,9 +145,46 @@ def test_blocks_arrive_equal_and_a_stopped_peer_costs_one_timeout(spawn):
     receiver.stop()
 
 
-def test_a_killed_idle_peer_is_noticed_and_another_link_works(spawn):
-    first, second = spawn((kv_peer.run_sender, 3.0), (kv_peer.run_sender, 3.0))
-    receiver = first.open(3.0)
+def has_frames(pump, count):
+    return pump.statistics().frames > count
+
+
+def mapped_segments():
+    return Path("/proc/self/maps").read_text().count("memfd:tandem-kv")
+
+
+def test_shared_memory_carries_equal_blocks_and_is_gone_with_its_writer(spawn):
+    (peer,) = spawn((kv_peer.run_sender, 3.0, "shm"))
+    before = mapped_segments(), set(os.listdir("/dev/shm"))
+    receiver = peer.open(3.0, "shm")
+    peer.serve(receiver)
+    source, target = [5, 3, 60, 0, 17, 9], [1, 2, 63, 40, 41, 7]
+    peer.transfer(receiver, b"a", source, target)
+    receiver.events.wait(lambda e: e.ids(TransferCommitted) == [b"a"])
+    peer.pipe.send(("pool", None))
+    wait_for(lambda: peer.pool is not None)
+    assert torch.equal(peer.pool[:, :, source], receiver.pool[:, :, target])
+    assert set(os.listdir("/dev/shm")) == before[1]
+
+    # Killed at any moment of a transfer: it fails, or was complete; nothing in between, nothing left.
+    receiver.slow_s = 0.01
+    peer.transfer(receiver, b"b", source * 8, list(range(48)))
+    wait_for(partial(has_frames, receiver.pump, 20))
+    peer.process.kill()
+    receiver.events.wait(lambda e: e.ids(TransferFailed) == [b"b"])
+    # A frame that the engine thread holds is readable still; its transfer is over.
+    assert receiver.pump.state_of(b"b") is TransferState.ABORTED
+    receiver.stop()
+    assert set(os.listdir("/dev/shm")) == before[1]
+    del receiver
+    gc.collect()
+    assert mapped_segments() == before[0]
+
+
+@pytest.mark.parametrize("kind", ["gloo", "shm"])
+def test_a_killed_idle_peer_is_noticed_and_another_link_works(spawn, kind):
+    first, second = spawn((kv_peer.run_sender, 3.0, kind), (kv_peer.run_sender, 3.0, kind))
+    receiver = first.open(3.0, kind)
     first.serve(receiver)
     receiver.reserve(b"a", [1])
     killed = time.monotonic()
@@ -153,7 +194,7 @@ def test_a_killed_idle_peer_is_noticed_and_another_link_works(spawn):
     assert receiver.events.ids(TransferFailed) == [b"a"]
     receiver.stop()
     assert time.monotonic() - killed < 1
-    again = second.open(3.0)
+    again = second.open(3.0, kind)
     second.serve(again)
     second.transfer(again, b"b", [1, 2], [3, 4])
     again.events.wait(lambda e: e.ids(TransferCommitted) == [b"b"])

@@ -6,6 +6,7 @@ import random
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import pytest
 import torch
@@ -17,22 +18,42 @@ from kvtransfer.states import TransferState
 from kvtransfer.transports.faulty import FaultyTransport
 from kvtransfer.transports.gloo import GlooTransport
 from kvtransfer.transports.local import local_pair
-from tests.integration.kv_services import WELCOME, Control, ReceiverService, SenderService, slabs_of
+from kvtransfer.transports.mapped import MappedTransport
+from kvtransfer.transports.shm import HostSharing
+from tests.integration.kv_services import (
+    SLAB_BYTES,
+    WELCOME,
+    Control,
+    ReceiverService,
+    SenderService,
+    slabs_of,
+)
+
+
+def opened_pair(open_rank, timeout_s=3.0):
+    """Two ranks in this process; `open_rank(rank, exchange)`."""
+    mail = [queue.SimpleQueue(), queue.SimpleQueue()]
+
+    def exchange(rank, blob):
+        mail[1 - rank].put(blob)
+        return mail[rank].get(timeout=timeout_s)
+
+    with ThreadPoolExecutor(2) as executor:
+        return tuple(executor.map(lambda rank: open_rank(rank, partial(exchange, rank)), (0, 1)))
 
 
 def gloo_pair(timeout_s=3.0):
-    """Two ranks in this process."""
-    mail = [queue.SimpleQueue(), queue.SimpleQueue()]
-
-    def open_rank(rank):
-        def exchange(blob):
-            mail[1 - rank].put(blob)
-            return mail[rank].get(timeout=timeout_s)
-
+    def open_rank(rank, exchange):
         return GlooTransport.open(rank, exchange, slabs_of(rank), timeout_s=timeout_s)
 
-    with ThreadPoolExecutor(2) as executor:
-        return tuple(executor.map(open_rank, (0, 1)))
+    return opened_pair(open_rank, timeout_s)
+
+
+def shm_pair(sharing=None):
+    def open_rank(rank, exchange):
+        return MappedTransport.open(rank, exchange, sharing or HostSharing(), WELCOME.num_slabs, SLAB_BYTES)
+
+    return opened_pair(open_rank)
 
 
 def in_process_pair(timeout_s=3.0):
@@ -49,6 +70,9 @@ class Pair:
         self.receiver = ReceiverService(receiving, self.up.queue.put, slow_s=slow_s)
         self.down.start(self.receiver.pump.on_message)
         self.up.start(self.sender.pump.on_message)
+        # With one end its control stream ends, and with that the other end.
+        self.sender.events.on_failed = self.receiver.pump.fail
+        self.receiver.events.on_failed = self.sender.pump.fail
         self.sender.pump.start()
         self.receiver.pump.start()
 
@@ -68,7 +92,7 @@ class Pair:
         self.up.stop()
 
 
-PAIRS = {"local": in_process_pair, "gloo": gloo_pair}
+PAIRS = {"local": in_process_pair, "gloo": gloo_pair, "shm": shm_pair}
 
 
 @pytest.fixture(params=PAIRS)
@@ -123,7 +147,11 @@ def test_cancelled_transfers_leave_the_others_alone(pair):
     assert not link.sender.events.failures + link.receiver.events.failures
 
 
-@pytest.mark.parametrize("fault", ["flip", "truncate"])
+@pytest.mark.parametrize(
+    ("pair", "fault"),
+    [("local", "flip"), ("local", "truncate"), ("gloo", "flip"), ("gloo", "truncate"), ("shm", "flip")],
+    indirect=["pair"],
+)
 def test_damaged_frames_fail_their_transfer_and_the_link_goes_on(pair, fault):
     link = pair(faults={1: fault})
     link.receiver.pump._transport.slabs[0].fill_(9)

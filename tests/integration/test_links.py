@@ -16,8 +16,11 @@ from decode_svc.links import DecodeLinks
 from decode_svc.receiving import Receiving
 from engine.facts import KvGroupSpec
 from engine.kv_pool import LocalKvPool
+from kvtransfer.errors import TransportBroken
 from kvtransfer.layout import KvFacts, KvGroup
 from kvtransfer.messages import Commit, FirstToken
+from kvtransfer.transports.segment import Segment, SegmentRefused
+from kvtransfer.transports.shm import HostSharing
 from prefill_svc.export import Export
 from prefill_svc.links import PrefillLinks
 from protos.tandem.v1 import common_pb2, kvlink_pb2_grpc
@@ -82,12 +85,12 @@ class FakeEngine:
         return True
 
 
-def parts(name: str, facts: KvFacts = FACTS) -> Any:
+def parts(name: str, facts: KvFacts = FACTS, transport: str = "auto") -> Any:
     loop = asyncio.get_running_loop()
     engine = FakeEngine()
     bridge = SimpleNamespace(thread=FakeThread(engine), on_loop=loop.call_soon_threadsafe)
     return SimpleNamespace(
-        settings=WorkerSettings(),
+        settings=WorkerSettings(transport=transport),
         identity=common_pb2.WorkerIdentity(worker_id=name, boot_id=f"boot of {name}"),
         facts=facts,
         engine=engine,
@@ -153,9 +156,11 @@ class Intake:
 
 
 @asynccontextmanager
-async def pair(sender_facts: KvFacts = FACTS) -> AsyncIterator[Any]:
+async def pair(
+    sender_facts: KvFacts = FACTS, transports: tuple[str, str] = ("auto", "auto")
+) -> AsyncIterator[Any]:
     """A sender, a receiver, and the receiver's identity as gateways name it."""
-    sender, receiver = parts("p", sender_facts), parts("d")
+    sender, receiver = parts("p", sender_facts, transports[0]), parts("d", transport=transports[1])
     owner, intake = Owner(), Intake(receiver)
     receivers = DecodeLinks(receiver, intake)
     server = rpc.server([], max_message_bytes=1 << 20)
@@ -195,28 +200,80 @@ async def outcome(owner: Owner) -> tuple[str, str]:
         return await owner.events.get()
 
 
-async def test_blocks_arrive_chunk_by_chunk_and_commit() -> None:
-    async with pair() as both:
-        item = export(1, 10)
-        both.intake.wanted[item.transfer_id] = SimpleNamespace(
-            key="r", num_blocks=3, num_cached_tokens=0, block_tables=[]
-        )
-        both.senders.add(both.peer, item)
-        for computed in (6, 10):
-            item.advance(((7, 2, 9),), computed)
-            both.senders.advance(item)
-        item.first_tokens = (FirstToken(choice=0, token_id=5),)
+async def move_three_blocks(both: Any, number: int = 1) -> None:
+    """A transfer in two chunks, equal at the other end."""
+    item = export(number, 10)
+    both.intake.wanted[item.transfer_id] = SimpleNamespace(
+        key="r", num_blocks=3, num_cached_tokens=0, block_tables=[]
+    )
+    both.senders.add(both.peer, item)
+    for computed in (6, 10):
+        item.advance(((7, 2, 9),), computed)
         both.senders.advance(item)
-        assert await outcome(both.owner) == ("sent", "")
-        assert await outcome(both.owner) == ("committed", "")
-        async with asyncio.timeout(5):
-            commit = await both.intake.commits.get()
-        assert commit.first_tokens == item.first_tokens
-        source, target = (made.engine.kv_cache.groups[0] for made in (both.sender, both.receiver))
-        assert torch.equal(target[:, :, :3], source[:, :, [7, 2, 9]])
-        block_bytes = source[:, :, 0].nbytes
+    item.first_tokens = (FirstToken(choice=0, token_id=5),)
+    both.senders.advance(item)
+    assert await outcome(both.owner) == ("sent", "")
+    assert await outcome(both.owner) == ("committed", "")
+    async with asyncio.timeout(5):
+        commit = await both.intake.commits.get()
+    assert commit.first_tokens == item.first_tokens
+    source, target = (made.engine.kv_cache.groups[0] for made in (both.sender, both.receiver))
+    assert torch.equal(target[:, :, :3], source[:, :, [7, 2, 9]])
+
+
+@pytest.mark.parametrize(
+    ("transports", "chosen"),
+    [
+        (("auto", "auto"), "shm"),
+        (("gloo", "auto"), "gloo"),
+        (("auto", "gloo"), "gloo"),
+        (("shm", "auto"), "shm"),
+    ],
+)
+async def test_blocks_arrive_chunk_by_chunk_and_commit(transports: tuple[str, str], chosen: str) -> None:
+    async with pair(transports=transports) as both:
+        await move_three_blocks(both)
+        block_bytes = both.sender.engine.kv_cache.groups[0][:, :, 0].nbytes
         assert moved(both.sender) == moved(both.receiver) == 3 * block_bytes
-        assert both.senders.num_open == both.receivers.num_open == 1
+        assert both.senders.open_transports == {"d": chosen}
+        assert both.receivers.open_transports == {"p": chosen}
+
+
+async def test_memory_that_does_not_open_here_is_not_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As between two hosts, or two containers: the address leads nowhere."""
+
+    def refuse(address: bytes, num_bytes: int) -> None:
+        raise SegmentRefused("out of reach")
+
+    monkeypatch.setattr(Segment, "open", refuse)
+    async with pair() as both:
+        await move_three_blocks(both)
+        assert both.senders.open_transports == {"d": "gloo"}
+    async with pair(transports=("shm", "auto")) as both:
+        both.senders.add(both.peer, export(1, 10))
+        kind, message = await outcome(both.owner)
+        assert (kind, "no transport for this link: shm: out of reach" in message) == ("failed", True)
+
+
+async def test_a_transport_that_was_accepted_and_fails_is_not_tried_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def fail(*arguments: Any) -> None:
+        raise TransportBroken("no memory to share")
+
+    monkeypatch.setattr(HostSharing, "export", fail)
+    async with pair() as both:
+        both.senders.add(both.peer, export(2, 10))
+        assert await outcome(both.owner) == ("failed", "KV link: no memory to share")
+        await move_three_blocks(both)
+        assert both.senders.open_transports == {"d": "gloo"}
+
+
+async def test_ends_that_want_different_transports_say_so() -> None:
+    async with pair(transports=("shm", "gloo")) as both:
+        both.senders.add(both.peer, export(1, 10))
+        kind, message = await outcome(both.owner)
+        assert (kind, "shm: this worker uses gloo" in message) == ("failed", True)
 
 
 async def test_workers_that_do_not_fit_refuse_each_other_by_field_and_move_nothing() -> None:
@@ -227,7 +284,7 @@ async def test_workers_that_do_not_fit_refuse_each_other_by_field_and_move_nothi
         assert "block_size: 4 != 8" in message
         assert "model_hash: m != other" in message
         assert moved(both.sender) == moved(both.receiver) == 0
-        assert both.receivers.num_open == 0
+        assert both.receivers.open_transports == {}
 
 
 async def test_another_boot_of_the_receiver_is_refused() -> None:

@@ -265,7 +265,7 @@ HARMLESS_CALLS = {
 HARMLESS_METHODS = {
     "locked",
     "is_alive",
-    *("all", "any"),
+    *("all", "any", "data_ptr", "items", "owns"),
     *("blocks_for", "count", "endswith", "is_closed", "is_contiguous", "keys", "kept", "numel", "ref_count"),
     *("startswith", "status", "stride", "values", "is_running", "get"),
 }

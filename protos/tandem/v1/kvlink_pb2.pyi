@@ -78,7 +78,7 @@ class KvFacts(_message.Message):
     def __init__(self, protocol_major: _Optional[int] = ..., model_hash: _Optional[str] = ..., tokenizer_hash: _Optional[str] = ..., block_size: _Optional[int] = ..., max_model_len: _Optional[int] = ..., rope: _Optional[str] = ..., groups: _Optional[_Iterable[_Union[KvGroup, _Mapping]]] = ...) -> None: ...
 
 class Hello(_message.Message):
-    __slots__ = ("sender", "receiver_boot_id", "stage", "sender_rank", "receiver_rank", "facts", "transports")
+    __slots__ = ("sender", "receiver_boot_id", "stage", "sender_rank", "receiver_rank", "facts", "transports", "transport_proofs")
     SENDER_FIELD_NUMBER: _ClassVar[int]
     RECEIVER_BOOT_ID_FIELD_NUMBER: _ClassVar[int]
     STAGE_FIELD_NUMBER: _ClassVar[int]
@@ -86,6 +86,7 @@ class Hello(_message.Message):
     RECEIVER_RANK_FIELD_NUMBER: _ClassVar[int]
     FACTS_FIELD_NUMBER: _ClassVar[int]
     TRANSPORTS_FIELD_NUMBER: _ClassVar[int]
+    TRANSPORT_PROOFS_FIELD_NUMBER: _ClassVar[int]
     sender: _common_pb2.WorkerIdentity
     receiver_boot_id: str
     stage: int
@@ -93,7 +94,8 @@ class Hello(_message.Message):
     receiver_rank: int
     facts: KvFacts
     transports: _containers.RepeatedScalarFieldContainer[str]
-    def __init__(self, sender: _Optional[_Union[_common_pb2.WorkerIdentity, _Mapping]] = ..., receiver_boot_id: _Optional[str] = ..., stage: _Optional[int] = ..., sender_rank: _Optional[int] = ..., receiver_rank: _Optional[int] = ..., facts: _Optional[_Union[KvFacts, _Mapping]] = ..., transports: _Optional[_Iterable[str]] = ...) -> None: ...
+    transport_proofs: _containers.RepeatedScalarFieldContainer[bytes]
+    def __init__(self, sender: _Optional[_Union[_common_pb2.WorkerIdentity, _Mapping]] = ..., receiver_boot_id: _Optional[str] = ..., stage: _Optional[int] = ..., sender_rank: _Optional[int] = ..., receiver_rank: _Optional[int] = ..., facts: _Optional[_Union[KvFacts, _Mapping]] = ..., transports: _Optional[_Iterable[str]] = ..., transport_proofs: _Optional[_Iterable[bytes]] = ...) -> None: ...
 
 class Welcome(_message.Message):
     __slots__ = ("epoch", "transport", "frame_sizes", "num_slabs", "num_groups")

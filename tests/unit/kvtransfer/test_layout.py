@@ -30,8 +30,8 @@ HELLO = Hello(
 CHOICES = {
     "facts": FACTS,
     "boot_id": "boot",
-    "transports": ["gloo"],
-    "slab_bytes": 8192,
+    "refusal": lambda name, proof: None if name == "gloo" else f"no {name} here, {proof!r}",
+    "slab_bytes": {"gloo": 8192}.__getitem__,
     "num_slabs": 4,
     "epoch": 7,
 }
@@ -80,7 +80,8 @@ def test_an_answer_takes_the_senders_first_common_transport():
     ("change", "named"),
     [
         ({"receiver_boot_id": "other"}, "other"),
-        ({"transports": ("nccl",)}, "nccl"),
+        ({"transports": ("nccl",)}, "nccl: no nccl here, b''"),
+        ({"transports": ("shm", "nccl"), "transport_proofs": (b"x",)}, "shm: no shm here, b'x'; nccl: no"),
         (
             {"facts": replace(FACTS, model_hash="x", max_model_len=1)},
             "model_hash: m != x; max_model_len: 64 != 1",

@@ -25,7 +25,7 @@ ID = bytes(range(16))
 FROM_SENDER = [
     m.Hello(
         sender=IDENTITY, receiver_boot_id="r", stage=0, sender_rank=0, receiver_rank=0, facts=FACTS,
-        transports=("gloo",),
+        transports=("shm", "gloo"), transport_proofs=(b"proof", b""),
     ),
     m.Rendezvous(blob=b"blob"),
     m.Offer(transfer_id=ID, num_tokens=5),

@@ -1,0 +1,79 @@
+"""Which transports a worker offers in its Hello, and which of those offered to it it can use.
+
+A transport that works only between neighbours comes with a proof, and is taken only when the receiver has
+tried it: `shm` shows memory that must open here, `cuda_ipc` names the GPU that must be the same. Host names
+and addresses prove nothing. The order is the sender's, best first.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+
+import torch
+
+from kvtransfer.transports.segment import AVAILABLE, Segment, SegmentRefused
+from runtime.errors import StartupError
+
+ON_HOSTS = ("shm", "gloo")
+ON_GPUS: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Transports:
+    """What one worker can use; its slabs lie on `device`, or in host memory if the transport needs that."""
+
+    names: tuple[str, ...]
+    """Best first."""
+    device: torch.device
+
+    @classmethod
+    def of(cls, setting: str, device: torch.device) -> "Transports":
+        """From `--transport` and the device of the KV pool.
+
+        Raises StartupError if this worker cannot use the transport that was asked for.
+        """
+        usable = (*(ON_GPUS if device.type == "cuda" else ()), *ON_HOSTS[0 if AVAILABLE else 1 :])
+        if setting == "auto":
+            return cls(names=usable, device=device)
+        if setting not in usable:
+            raise StartupError(f"--transport {setting}: this worker can use {', '.join(usable)}")
+        return cls(names=(setting,), device=device)
+
+    def without(self, failed: set[str]) -> "Transports":
+        """The same but for these, unless nothing would be left."""
+        names = tuple(name for name in self.names if name not in failed)
+        return replace(self, names=names or self.names)
+
+    @contextmanager
+    def proofs(self) -> Iterator[tuple[bytes, ...]]:
+        """One for each name; good inside of the context."""
+        probe = Segment.create(0) if "shm" in self.names else None
+        shown = {"shm": probe.address if probe else b"", "cuda_ipc": gpu_id(self.device)}
+        try:
+            yield tuple(shown.get(name, b"") for name in self.names)
+        finally:
+            if probe is not None:
+                probe.hide()
+
+    def refusal(self, name: str, proof: bytes) -> str | None:
+        """Why an offered transport cannot be used here; None if it can."""
+        if name not in self.names:
+            return f"this worker uses {', '.join(self.names)}"
+        if name == "shm":
+            return _segment_refusal(proof)
+        if name == "cuda_ipc" and proof != gpu_id(self.device):
+            return "the two workers are on different GPUs"
+        return None
+
+
+def gpu_id(device: torch.device) -> bytes:
+    """The same in every process for one GPU; empty for a CPU."""
+    return str(torch.cuda.get_device_properties(device).uuid).encode() if device.type == "cuda" else b""
+
+
+def _segment_refusal(address: bytes) -> str | None:
+    try:
+        Segment.open(address, 0)
+    except SegmentRefused as error:
+        return str(error)
+    return None
