@@ -27,6 +27,7 @@ from engine.request import Request
 from kvtransfer.messages import Commit
 from protos.tandem.v1 import common_pb2 as pb
 from protos.tandem.v1 import decode_pb2, decode_pb2_grpc, kvlink_pb2, kvlink_pb2_grpc
+from runtime import faultpoints
 from runtime.errors import AlreadyExists, Preempted, TandemError
 from worker.attach import AttemptKey
 from worker.choices import first_samples
@@ -83,6 +84,8 @@ class DecodeRole:
     def submit(self, key: AttemptKey, submit: pb.Submit) -> None:
         """Start an attempt, or wait for its KV."""
         request = to_request(key, submit, prefill_only=False)
+        if faultpoints.ACTIVE and submit.emitted:
+            faultpoints.reach("decode.moved")
         if not submit.HasField("peer"):
             self._bridge.submit(key, request)
             return
@@ -117,6 +120,8 @@ class DecodeRole:
         self._bridge.timelines.begin(incoming.key, RECEIVE)
         try:
             incoming.link.reserve(transfer_id, num_blocks, num_cached_tokens)
+            if faultpoints.ACTIVE:
+                faultpoints.reach("decode.reserved")
         except TandemError as error:
             self.failed(transfer_id, error)
 
@@ -160,6 +165,8 @@ class DecodeRole:
         request = self.receiving.take(transfer_id)
         if request is None:
             return
+        if faultpoints.ACTIVE:
+            faultpoints.reach("decode.committed")
         request.num_cached_tokens = commit.cached_tokens
         try:
             samples = first_samples(request, commit)
@@ -185,8 +192,14 @@ class DecodeRole:
         load = self._bridge.snapshot(engine, waiting=self.receiving.num_waiting)
         self._metrics.blocks_swapped.set(load.blocks_swapped)
 
+    def num_tokens_due(self) -> int:
+        """As of the last snapshot."""
+        return self._bridge.num_tokens_due
+
     def on_step(self, engine: Engine, result: StepResult) -> None:
         """All tokens of the step, in one call to the loop."""
+        if faultpoints.ACTIVE:
+            faultpoints.reach("decode.step")
         self._bridge.mark_prefills(result, then=GENERATE)
         self._metrics.stepped(result)
         self._bridge.publish(result.outputs)

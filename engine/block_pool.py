@@ -19,6 +19,10 @@ class BlockPool:
         self._ref_counts = [0] * num_blocks
         self._kept = [False] * num_blocks
         self._idle: OrderedDict[int, None] = OrderedDict()
+        self.num_taken = 0
+        """Users that blocks have got since the start."""
+        self.num_returned = 0
+        """Users that have gone."""
 
     @property
     def num_free(self) -> int:
@@ -46,6 +50,7 @@ class BlockPool:
         block_ids = [self._free.pop() for _ in range(num_blocks)]
         for block_id in block_ids:
             self._ref_counts[block_id] = 1
+        self.num_taken += num_blocks
         return block_ids
 
     def share(self, block_ids: Iterable[int]) -> None:
@@ -53,6 +58,7 @@ class BlockPool:
         for block_id in block_ids:
             assert self._ref_counts[block_id] > 0 or self._kept[block_id], f"block {block_id} is free"
             self._ref_counts[block_id] += 1
+            self.num_taken += 1
             self._idle.pop(block_id, None)
 
     def free(self, block_ids: Iterable[int]) -> None:
@@ -60,6 +66,7 @@ class BlockPool:
         for block_id in block_ids:
             assert self._ref_counts[block_id] > 0, f"block {block_id} is freed twice"
             self._ref_counts[block_id] -= 1
+            self.num_returned += 1
             if self._ref_counts[block_id] == 0 and self._kept[block_id]:
                 self._idle[block_id] = None
             elif self._ref_counts[block_id] == 0:
@@ -93,4 +100,5 @@ class BlockPool:
         unused = {block_id for block_id, count in enumerate(self._ref_counts) if count == 0}
         assert set(self._idle) == unused & self.kept(), "idle blocks are the kept ones without users"
         assert set(self._free) == unused - self.kept(), "free list and ref counts disagree"
+        assert sum(self._ref_counts) == self.num_taken - self.num_returned
         assert self.num_free + self.num_idle + self.num_used == self.num_blocks

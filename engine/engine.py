@@ -137,6 +137,8 @@ class Engine:
             blocks_used=tables.num_used,
             blocks_cached=tables.num_cached,
             blocks_swapped=self.kv_cache.swap_space.num_used,
+            blocks_taken=sum(pool.num_taken for pool in tables.pools),
+            blocks_returned=sum(pool.num_returned for pool in tables.pools),
         )
 
     @property

@@ -86,6 +86,10 @@ class EngineLoad:
     """Held by nothing but a prefix cache."""
     blocks_swapped: int
     """In host memory, of preempted requests."""
+    blocks_taken: int
+    """Users that blocks have got since the start, in all groups."""
+    blocks_returned: int
+    """Users that have gone."""
 
 
 @dataclass(kw_only=True, slots=True)

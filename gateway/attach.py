@@ -4,8 +4,8 @@
    client `connected`.
 2. `submit` queues a command and files the request's Inbox under (request, attempt); events of the worker
    go to that Inbox. `abort` takes it out again and tells the worker.
-3. The end of the stream, or ATTACH_SILENCE_S without an event, is put into every Inbox as a loss; the
-   client connects again until its task is cancelled.
+3. The end of the stream, or HANG_S without an event, is put into every Inbox as a loss; the client
+   connects again until its task is cancelled.
 
 A slow reader of an Inbox delays nobody: an Inbox takes what comes, and its request's max_tokens bounds it.
 """
@@ -24,8 +24,10 @@ from gateway.quarantine import Suspicion, losses
 from protos.tandem.v1 import common_pb2 as pb
 from protos.tandem.v1 import decode_pb2, decode_pb2_grpc, prefill_pb2, prefill_pb2_grpc
 from runtime import rpc
+from runtime.clock import SystemClock
 from runtime.errors import Overloaded, TandemError, Unavailable
-from runtime.limits import ATTACH_SILENCE_S, HEARTBEAT_INTERVAL_S
+from runtime.ledger import Account
+from runtime.limits import HANG_S, HEARTBEAT_INTERVAL_S
 from runtime.version import PROTOCOL_MAJOR
 
 logger = logging.getLogger(__name__)
@@ -88,7 +90,10 @@ class AttachClient:
         gateway_id: str,
         on_dropped: Callable[[int], None],
         credentials: tuple[tuple[str, str], ...] = (),
+        attempts: Account | None = None,
     ) -> None:
+        """`attempts` counts those of several workers."""
+        self._attempts = attempts or Account()
         self._credentials = credentials
         self.identity = identity
         self.source = source
@@ -102,6 +107,10 @@ class AttachClient:
         self._uncomputed: dict[tuple[int, int], int] = {}
         self._outgoing: deque[pb.AttachCommand] = deque()
         self._wake = asyncio.Event()
+        self._clock = SystemClock()
+        self._heard_s = 0.0
+        self._patience: asyncio.Timeout | None = None
+        """Around the open stream."""
 
     @property
     def num_live(self) -> int:
@@ -128,6 +137,7 @@ class AttachClient:
             )
         key = (submit.request, submit.attempt)
         self._live[key] = inbox
+        self._attempts.taken += 1
         self._suspicions[key] = suspicion
         self._going_on[key] = choices_to_end(submit)
         self._uncomputed[key] = max(len(submit.prompt_token_ids) - num_cached_tokens, 0)
@@ -161,14 +171,30 @@ class AttachClient:
         stub, request_type = STUBS[self.source]
         call = stub(channel).Attach(self._requests(request_type, self._outgoing), metadata=self._credentials)
         spoke = False
+        self._heard_s = self._clock.now()
         try:
-            while (event := await _next_event(call)) is not None:
-                spoke = self.connected = True
-                self._dispatch(event)
+            async with asyncio.timeout(None) as self._patience:
+                while (event := await _next_event(call)) is not None:
+                    self._heard_s = self._clock.now()
+                    spoke = self.connected = True
+                    self._dispatch(event)
+        except TimeoutError:
+            logger.info("attach stream: silent")
         finally:
+            self._patience = None
             call.cancel()
             self.lose()
         return spoke
+
+    def excuse(self, seconds: float) -> None:
+        """We did not listen for so long: no silence of that time counts."""
+        self._heard_s += seconds
+
+    def expire(self) -> None:
+        """Break the stream if it has been silent for too long; the owner calls it many times a second."""
+        if self._patience is not None and self._clock.now() - self._heard_s > HANG_S:
+            self._patience.reschedule(asyncio.get_running_loop().time())
+            self._patience = None
 
     def lose(self) -> None:
         """Take the worker for gone: every attempt on it ends with a loss."""
@@ -212,6 +238,7 @@ class AttachClient:
         self._uncomputed.pop(key, None)
         self._going_on.pop(key, None)
         self._suspicions.pop(key, None)
+        self._attempts.returned += key in self._live
         return self._live.pop(key, None)
 
     def _send(self, command: pb.AttachCommand) -> None:
@@ -244,12 +271,11 @@ class AttachClient:
 
 
 async def _next_event(call: Any) -> pb.AttachEvent | None:
-    """The worker's next event; None when the stream is over, broken or silent."""
+    """The worker's next event; None when the stream is over or broken."""
     try:
-        async with asyncio.timeout(ATTACH_SILENCE_S):
-            response = await call.read()
-    except (TimeoutError, grpc.aio.AioRpcError) as error:
-        logger.info("attach stream: %s", getattr(error, "details", lambda: "silent")())
+        response = await call.read()
+    except grpc.aio.AioRpcError as error:
+        logger.info("attach stream: %s", error.details())
         return None
     if response is grpc.aio.EOF:
         return None

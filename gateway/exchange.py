@@ -31,6 +31,9 @@ BODY_TIMEOUT_S = 10.0
 SEND_TIMEOUT_S = 30.0
 """A client that takes nothing for this long is taken for gone."""
 
+TIMEOUT_HEADER = "x-request-timeout"
+"""HTTP's counterpart of a gRPC deadline."""
+
 REQUEST_ID = re.compile(rf"[!-~]{{1,{MAX_REQUEST_ID_CHARS}}}")
 
 BRACKETS = re.compile(rb'"(?:[^"\\]|\\.)*+"?|[][{}]', re.DOTALL)
@@ -126,6 +129,22 @@ def request_id_of(request: Request, from_body: str | None) -> str:
         return given
     new: str = request.scope["tandem.request_id"]
     return new
+
+
+def timeout_of(request: Request) -> float:
+    """Seconds that the client gives the request, from the header; infinite without one."""
+    given = request.headers.get(TIMEOUT_HEADER)
+    if given is None:
+        return float("inf")
+    try:
+        timeout_s = float(given)
+    except ValueError:
+        timeout_s = float("nan")
+    if not 0 < timeout_s < float("inf"):
+        raise InvalidRequest(
+            f"{TIMEOUT_HEADER} must be a positive number of seconds, got {given!r}", field=TIMEOUT_HEADER
+        )
+    return timeout_s
 
 
 def with_request_id(app: ASGIApp) -> ASGIApp:

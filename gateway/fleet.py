@@ -12,11 +12,16 @@ from gateway.prefix_index import MAX_BLOCKS, Chain, PrefixIndex, prefix_chain
 from gateway.registry import Registration, Registry, State
 from gateway.router import Candidate
 from protos.tandem.v1 import common_pb2, registry_pb2
+from runtime.clock import SystemClock
+from runtime.ledger import Account
 
 logger = logging.getLogger(__name__)
 
-TICK_S = 0.25
+TICK_S = 0.05
 """How often silence is looked for."""
+
+LATE_S = 0.2
+"""A tick that comes later than this means that nobody listened: what was said waits in the sockets."""
 
 SOURCES = {
     common_pb2.WORKER_ROLE_PREFILL: Source.PREFILL,
@@ -37,6 +42,9 @@ class Fleet:
         """`credentials` is the metadata that workers ask of calls."""
         self._credentials = credentials
         self.registry = registry
+        self._clock = SystemClock()
+        self.attempts = Account()
+        """On workers, as far as this gateway knows."""
         self.gateway_id = gateway_id
         self._prefixes = PrefixIndex()
         self._metrics = metrics
@@ -48,10 +56,25 @@ class Fleet:
         """Watch the workers until cancelled."""
         async with asyncio.TaskGroup() as self._group:
             while True:
-                for registration in self.registry.expire():
-                    logger.warning("worker %s: no heartbeat, taken for hung", registration.worker_id)
-                    self._detach(registration.worker_id)
+                due_s = self._clock.now() + TICK_S
                 await asyncio.sleep(TICK_S)
+                late_s = self._clock.now() - due_s
+                if late_s > LATE_S:
+                    self._excuse(late_s)
+                self._expire()
+
+    def _excuse(self, seconds: float) -> None:
+        logger.warning("the event loop stood still for %.1f s", seconds)
+        self.registry.excuse(seconds)
+        for client in self._clients.values():
+            client.excuse(seconds)
+
+    def _expire(self) -> None:
+        for registration in self.registry.expire():
+            logger.warning("worker %s: no heartbeat, taken for hung", registration.worker_id)
+            self._detach(registration.worker_id)
+        for client in self._clients.values():
+            client.expire()
 
     def join(self, info: registry_pb2.WorkerInfo) -> Registration:
         """Admit a worker and attach to it; Mismatch or InvalidRequest if it does not fit."""
@@ -64,6 +87,7 @@ class Fleet:
             self.gateway_id,
             self._metrics.dropped_frames.inc,
             self._credentials,
+            self.attempts,
         )
         self._clients[registration.worker_id] = client
         self._tasks[registration.worker_id] = self._group.create_task(client.run())

@@ -36,8 +36,16 @@ from gateway.validation import (
 )
 from protos.tandem.v1 import common_pb2 as pb
 from runtime.clock import SystemClock
-from runtime.errors import AlreadyExists, Cancelled, InvalidRequest, TandemError, Unavailable
+from runtime.errors import (
+    AlreadyExists,
+    Cancelled,
+    DeadlineExceeded,
+    InvalidRequest,
+    TandemError,
+    Unavailable,
+)
 from runtime.grammars import Grammar
+from runtime.ledger import Account
 
 logger = logging.getLogger(__name__)
 
@@ -122,6 +130,7 @@ class Flow:
         self._migration_timeout_s = migration_timeout_s
         self._share_prefix_cache = share_prefix_cache
         self._live: dict[tuple[str, str], Live] = {}
+        self.ledger = Account()
         self._numbers = itertools.count(1)
         self._idle = asyncio.Event()
         self._idle.set()
@@ -154,7 +163,7 @@ class Flow:
     async def stream(self, asked: Generation) -> AsyncGenerator[Delta, None]:
         """Deltas of one request; TandemError if it cannot be served. Close it to cancel the request."""
         with self._entered(asked) as live:
-            request = await self._prepare(asked, live)
+            request = await self._prepare_in_time(asked, live)
             queued_s = self._clock.now()
             left_s = request.deadline - asyncio.get_running_loop().time()
             async with self._admission.slot(live.number, left_s):
@@ -233,14 +242,26 @@ class Flow:
         trace = self._telemetry.start(origin, arrived_s=now_s, request_id=request_id, model=self.model.name)
         live = Live(next(self._numbers), tenant, request_id, now_s, trace)
         self._live[tenant, request_id] = live
+        self.ledger.taken += 1
         self._idle.clear()
         return live
 
     def _leave(self, live: Live, error: BaseException | None) -> None:
         self._telemetry.end(live.trace, self._clock.now(), error)
         del self._live[live.tenant, live.request_id]
+        self.ledger.returned += 1
         if not self._live:
             self._idle.set()
+
+    async def _prepare_in_time(self, asked: Generation, live: Live) -> Prepared:
+        limit = asyncio.timeout(min(asked.timeout_s, self._request_timeout_s))
+        try:
+            async with limit:
+                return await self._prepare(asked, live)
+        except TimeoutError:
+            if not limit.expired():
+                raise
+        raise DeadlineExceeded("the request's deadline passed")
 
     async def _prepare(self, asked: Generation, live: Live) -> Prepared:
         self.model.check_name(asked.model)

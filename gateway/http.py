@@ -19,6 +19,7 @@ from gateway.exchange import (
     read_json,
     request_id_of,
     sse,
+    timeout_of,
     until_disconnect,
 )
 from gateway.flow import Flow, Generation
@@ -59,12 +60,14 @@ class HttpFace:
         """POST /v1/completions."""
         with self._flow.reading(_origin(request, "text_completion")):
             asked = openai.parse_completion(await read_json(request, self._max_body_bytes))
+            timeout_of(request)
         return await self._generate(request, asked)
 
     async def chat_completions(self, request: Request) -> Response:
         """POST /v1/chat/completions."""
         with self._flow.reading(_origin(request, "chat")):
             asked = openai.parse_chat(await read_json(request, self._max_body_bytes))
+            timeout_of(request)
         return await self._generate(request, asked)
 
     async def models(self, _: Request) -> Response:
@@ -130,7 +133,7 @@ def _generation(request: Request, asked: openai.ApiRequest, request_id: str, ten
         request_id=request_id,
         prompt=asked.prompt,
         sampling=asked.sampling,
-        timeout_s=float("inf"),
+        timeout_s=timeout_of(request),
         model=asked.model,
         priority=asked.priority,
         default_max_tokens=asked.default_max_tokens,

@@ -30,7 +30,7 @@ from gateway.registry_service import RegistryServicer
 from gateway.service import SERVICE, InferenceServicer
 from gateway.telemetry import Telemetry, from_environment
 from protos.tandem.v1 import inference_pb2_grpc, registry_pb2_grpc
-from runtime import rpc
+from runtime import ledger, rpc
 from runtime.access import Keys, call_metadata, is_loopback, require_internal_secret
 from runtime.admin_http import HttpServer, admin_routes, bind
 from runtime.checkpoint_dir import resolve
@@ -176,6 +176,8 @@ class Gateway:
             "transfers": 0,
             "links": 0,
             "workers": self.fleet.describe(),
+            "ledger": ledger.describe(requests=self.flow.ledger, attempts=self.fleet.attempts),
+            **ledger.process_counts(),
         }
 
     def _app(self) -> Any:

@@ -12,13 +12,11 @@ from dataclasses import dataclass
 from protos.tandem.v1 import common_pb2, registry_pb2
 from runtime.clock import Clock
 from runtime.errors import InvalidRequest, Mismatch
-from runtime.limits import HEARTBEAT_INTERVAL_S, HEARTBEAT_MISSES
+from runtime.limits import HANG_S
 from runtime.version import PROTOCOL_MAJOR
 
 KEEP_DOWN_S = 60.0
 """A worker that ended stays listed for this long."""
-
-SILENCE_S = HEARTBEAT_INTERVAL_S * HEARTBEAT_MISSES
 
 
 class State(enum.Enum):
@@ -91,10 +89,15 @@ class Registry:
         self._down(registration)
         return True
 
+    def excuse(self, seconds: float) -> None:
+        """We did not listen for so long: no silence of that time counts."""
+        for worker in self.alive():
+            worker.heard_s += seconds
+
     def expire(self) -> list[Registration]:
         """Workers that have just been found silent; forgets those down for a minute."""
         now = self._clock.now()
-        silent = [worker for worker in self.alive() if now - worker.heard_s > SILENCE_S]
+        silent = [worker for worker in self.alive() if now - worker.heard_s > HANG_S]
         for worker in silent:
             self._down(worker)
         for worker in list(self._workers.values()):

@@ -10,6 +10,7 @@
 
 import asyncio
 import logging
+import math
 import secrets
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
@@ -106,7 +107,7 @@ class RequestRun:
         self._inbox.interrupt(error)
 
     def _expire(self) -> None:
-        self._inbox.interrupt(DeadlineExceeded("the request's deadline passed"))
+        self._inbox.interrupt(_deadline_passed())
 
     async def deltas(self) -> AsyncGenerator[Delta, None]:
         """The request's output; the last delta of each choice has finish_reason, the very last one usage."""
@@ -211,7 +212,7 @@ class RequestRun:
         """Workers for the next attempt. A first attempt does not wait for them, a later one does."""
         now = asyncio.get_running_loop().time
         waits_until = now() + (self._migration_timeout_s if self._progress.attempt >= 0 else 0)
-        while True:
+        while self._left_s() > 0:
             route = choose(
                 self._fleet.candidates(prefix),
                 len(self._token_ids),
@@ -220,9 +221,13 @@ class RequestRun:
             )
             if route is not None:
                 return route
-            if now() >= min(waits_until, self._request.deadline):
+            if now() >= waits_until:
                 raise Unavailable(self._fleet.not_ready() or "no worker", retry_after_s=1.0, retryable=True)
             await asyncio.sleep(RETRY_PAUSE_S)
+        raise _deadline_passed()  # expired work is not started
+
+    def _left_s(self) -> float:
+        return self._request.deadline - asyncio.get_running_loop().time()
 
     def _submit(self, route: Route, prefix: Chain) -> None:
         decode = self._fleet.client(route.decode)
@@ -245,7 +250,6 @@ class RequestRun:
                 self._inbox.put(Arrival(source, self._progress.attempt, error))
 
     def _submit_message(self) -> pb.Submit:
-        left_s = self._request.deadline - asyncio.get_running_loop().time()
         submit = pb.Submit(
             request=self._request.number,
             attempt=self._progress.attempt,
@@ -254,7 +258,7 @@ class RequestRun:
             prompt_token_ids=self._request.prompt_token_ids,
             sampling=self._request.sampling,
             bad_words=[pb.TokenSequence(token_ids=word) for word in self._request.bad_words],
-            timeout_ms=max(int(left_s * 1000), 1),
+            timeout_ms=max(math.ceil(self._left_s() * 1000), 1),
             traceparent=self._request.traceparent,
             priority=self._request.priority,
             cache_salt=self._request.cache_salt,
@@ -339,3 +343,7 @@ class RequestRun:
             if end is not None:
                 ends.append(self._noted(end))
         return ends
+
+
+def _deadline_passed() -> DeadlineExceeded:
+    return DeadlineExceeded("the request's deadline passed")

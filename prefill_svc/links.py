@@ -14,7 +14,7 @@ Everything here belongs to the event loop but for `_gather`, which the pump's th
 import asyncio
 import logging
 from collections import defaultdict
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from typing import Protocol
 
 import grpc
@@ -41,7 +41,7 @@ from kvtransfer.states import Tombstones
 from kvtransfer.transport import Transport
 from prefill_svc.export import Export
 from protos.tandem.v1 import common_pb2, kvlink_pb2, kvlink_pb2_grpc
-from runtime import rpc
+from runtime import faultpoints, rpc
 from runtime.access import call_metadata
 from runtime.clock import SystemClock
 from runtime.errors import TandemError, Unavailable
@@ -168,6 +168,8 @@ class PrefillLink:
     def _offer(self, pump: SenderPump, export: Export) -> None:
         try:
             pump.offer(export.transfer_id, export.num_tokens)
+            if faultpoints.ACTIVE:
+                faultpoints.reach("prefill.offered")
         except TandemError as error:
             del self._exports[export.transfer_id]
             self._owner.failed(export.key, error)
@@ -239,7 +241,7 @@ class PrefillLink:
             link,
             transport,
             gather=self._gather,
-            post=stream.post,
+            post=_with_points(stream.post),
             on_event=lambda event: self._parts.bridge.on_loop(self._on_event, event),
             on_failed=failure.tell,
         )
@@ -332,3 +334,14 @@ async def _requests(stream: ControlStream) -> AsyncIterator[kvlink_pb2.OpenReque
 async def _read(call: grpc.aio.StreamStreamCall) -> Envelope | None:
     envelope = await call.read()
     return None if envelope is grpc.aio.EOF else envelope
+
+
+def _with_points(post: Callable[[m.SenderMessage], None]) -> Callable[[m.SenderMessage], None]:
+    """`post`, with a fault point before each Commit if there are any in this process."""
+
+    def pointed(message: m.SenderMessage) -> None:
+        if isinstance(message, m.Commit):
+            faultpoints.reach("prefill.commit")
+        post(message)
+
+    return pointed if faultpoints.ACTIVE else post

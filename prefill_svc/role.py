@@ -22,6 +22,7 @@ from prefill_svc.links import PrefillLinks
 from prefill_svc.service import PrefillServicer
 from protos.tandem.v1 import common_pb2 as pb
 from protos.tandem.v1 import prefill_pb2, prefill_pb2_grpc
+from runtime import faultpoints
 from runtime.errors import Internal, InvalidRequest, TandemError
 from worker.attach import AttemptKey
 from worker.choices import continued
@@ -90,8 +91,14 @@ class PrefillRole:
         """Keep the load for readers on other threads."""
         self._bridge.snapshot(engine)
 
+    def num_tokens_due(self) -> int:
+        """As of the last snapshot."""
+        return self._bridge.num_tokens_due
+
     def on_step(self, engine: Engine, result: StepResult) -> None:
         """First tokens to the gateways at once; then the new blocks to their links."""
+        if faultpoints.ACTIVE:
+            faultpoints.reach("prefill.step")
         self._bridge.mark_prefills(result)
         self._metrics.stepped(result)
         self._bridge.publish(output for output in result.outputs if output.request.search is None)

@@ -1,13 +1,17 @@
 """Times that all processes share, in seconds."""
 
-HEARTBEAT_INTERVAL_S = 0.5
-"""A worker tells each gateway that it lives, and each attach stream speaks, this often."""
+HEARTBEAT_INTERVAL_S = 0.25
+"""A worker tells each gateway that it lives, and attach and link streams speak, this often."""
 
-HEARTBEAT_MISSES = 4
-"""A peer silent for this many intervals is taken for hung."""
+HANG_S = 1.9
+"""A peer silent for this long, and a step that takes this long against its prediction, hangs.
+
+A hang is to be found in 2 s and a stall of 1.5 s is to abort nothing: the last word before either is up to
+one interval old, so 1.5 + HEARTBEAT_INTERVAL_S < HANG_S < 2, and what is left is for busy machines.
+"""
 
 ATTACH_SILENCE_S = 5.0
-"""An attach stream silent for this long ends its attempts at both ends."""
+"""A worker whose gateway is silent for this long ends that gateway's attempts."""
 
 LINK_TIMEOUT_S = 3.0
 """A KV frame, a rendezvous or a handshake that takes longer retires the link's epoch."""

@@ -2,6 +2,7 @@
 
 1. A gateway opens Attach and says hello; it gets an Attachment.
 2. Its Submit and Abort commands go to the role's AttemptHandler under an AttemptKey.
+   An attempt's time, which travels as what is left of it, ends it here even if the gateway hangs.
 3. What the engine thread produces comes back through `publish` and leaves as one AttachEvent per
    engine step; a gateway that reads slowly gets fewer, larger events, never a growing queue.
 4. The end of the stream, or ATTACH_SILENCE_S without a command, aborts all of its attempts.
@@ -16,7 +17,8 @@ from collections.abc import AsyncIterator, Callable, Iterable
 from typing import NamedTuple, Protocol
 
 from protos.tandem.v1 import common_pb2 as pb
-from runtime.errors import InvalidRequest, Mismatch, TandemError, Unavailable
+from runtime.errors import DeadlineExceeded, InvalidRequest, Mismatch, TandemError, Unavailable
+from runtime.ledger import Account
 from runtime.limits import ATTACH_SILENCE_S, HEARTBEAT_INTERVAL_S
 from runtime.tracing import AttributeValue
 from runtime.version import PROTOCOL_MAJOR
@@ -62,15 +64,33 @@ class TokenUpdate(NamedTuple):
 class Attachment:
     """One gateway's stream: what waits to be sent, and the attempts that depend on it."""
 
-    def __init__(self, number: int) -> None:
+    def __init__(self, number: int, attempts: Account) -> None:
         self.number = number
+        self._attempts = attempts
         self.gateway_id = ""
         self.live: dict[AttemptKey, set[int]] = {}
         """Attempts that have not ended, with the choices that have not."""
+        self._deadlines: dict[AttemptKey, asyncio.TimerHandle] = {}
         self._frames: dict[tuple[int, int, int], pb.TokenFrame] = {}
         self._ends: list[pb.AttemptEnd] = []
         self._wake = asyncio.Event()
         self._wake.set()  # the first event tells the gateway at once that the stream is up
+
+    def begin(self, key: AttemptKey, submit: pb.Submit, expire: Callable[[AttemptKey], None]) -> None:
+        """Enter an attempt; `expire` is called when its time is over and it has not ended."""
+        self.live[key] = choices_to_end(submit)
+        self._attempts.taken += 1
+        if submit.HasField("timeout_ms"):
+            loop = asyncio.get_running_loop()
+            self._deadlines[key] = loop.call_later(submit.timeout_ms / 1000, expire, key)
+
+    def forget(self, key: AttemptKey) -> None:
+        """An attempt has ended."""
+        del self.live[key]
+        self._attempts.returned += 1
+        deadline = self._deadlines.pop(key, None)
+        if deadline is not None:
+            deadline.cancel()
 
     def add(self, update: TokenUpdate) -> None:
         """Queue an update; tokens of one choice that were not yet sent become one frame."""
@@ -87,7 +107,7 @@ class Attachment:
         if is_choice:
             self.live[key].discard(end.finished.choice)
         if not is_choice or not self.live[key]:
-            del self.live[key]
+            self.forget(key)
 
     def _merge(self, frame: pb.TokenFrame) -> None:
         key = (frame.request, frame.attempt, frame.choice)
@@ -127,6 +147,7 @@ class AttachHub:
         self._heartbeat_s = heartbeat_s
         self._numbers = itertools.count()
         self._attachments: dict[int, Attachment] = {}
+        self.attempts = Account()
         self.draining = False
 
     @property
@@ -149,6 +170,9 @@ class AttachHub:
         self._handler.abort(key)
         self.publish([TokenUpdate(key, None, attempt_failed(key.request, key.attempt, error))])
 
+    def _expire(self, key: AttemptKey) -> None:
+        self.fail(key, DeadlineExceeded("the request's deadline passed"))
+
     def fail_all(self, error: TandemError) -> None:
         """End every attempt with an error."""
         for attachment in self._attachments.values():
@@ -157,7 +181,7 @@ class AttachHub:
 
     async def serve(self, commands: AsyncIterator[pb.AttachCommand]) -> AsyncIterator[pb.AttachEvent]:
         """One attach stream from its first command to its end."""
-        attachment = Attachment(next(self._numbers))
+        attachment = Attachment(next(self._numbers), self.attempts)
         self._attachments[attachment.number] = attachment
         reader = asyncio.ensure_future(self._read(attachment, commands))
         try:
@@ -170,10 +194,12 @@ class AttachHub:
 
     def _end(self, attachment: Attachment) -> None:
         del self._attachments[attachment.number]
-        for key in attachment.live:
+        lost = list(attachment.live)
+        for key in lost:
+            attachment.forget(key)
             self._abort(key, "gateway_lost")
-        if attachment.live:
-            logger.info("gateway %s left: %d attempts ended", attachment.gateway_id, len(attachment.live))
+        if lost:
+            logger.info("gateway %s left: %d attempts ended", attachment.gateway_id, len(lost))
 
     async def _read(self, attachment: Attachment, commands: AsyncIterator[pb.AttachCommand]) -> None:
         try:
@@ -202,7 +228,7 @@ class AttachHub:
         if choices is None:
             return
         if not abort.HasField("choice"):
-            del attachment.live[key]
+            attachment.forget(key)
             self._abort(key, "aborted")
         elif abort.choice in choices and len(choices) > 1:
             choices.discard(abort.choice)
@@ -216,7 +242,7 @@ class AttachHub:
         key = AttemptKey(attachment.number, submit.request, submit.attempt)
         if key in attachment.live:
             return
-        attachment.live[key] = choices_to_end(submit)
+        attachment.begin(key, submit, self._expire)
         self._timelines.open(key, submit)
         try:
             if self.draining:

@@ -8,6 +8,7 @@ from engine.request import Request
 from protos.tandem.v1 import common_pb2 as pb
 from runtime.clock import SystemClock
 from runtime.errors import Internal, TandemError
+from runtime.ledger import Account
 from worker.attach import AttachHub, AttemptKey, TokenUpdate
 from worker.convert import attempt_end, token_frame
 from worker.engine_thread import Command, EngineThread
@@ -25,6 +26,10 @@ class EngineBridge:
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self._loop = loop
         self._load = pb.WorkerLoad()
+        self.num_tokens_due = 0
+        """Of the next step, about, as of the last snapshot."""
+        self.blocks = Account()
+        """Users of blocks, as of the last snapshot."""
         self._watch = PrefillWatch()
         self._clock = SystemClock()
 
@@ -113,6 +118,9 @@ class EngineBridge:
             blocks_used=load.blocks_used,
             blocks_cached=load.blocks_cached,
         )
+        num_tokens = load.queued_prefill_tokens + load.requests_running
+        self.num_tokens_due = min(num_tokens, engine.config.max_num_batched_tokens)
+        self.blocks = Account(load.blocks_taken, load.blocks_returned)
         return load
 
     def load(self) -> pb.WorkerLoad:

@@ -1,7 +1,7 @@
 """The control stream of a KV link, seen from either end: plain messages out, plain messages in.
 
 Messages leave in the order of `post`. An idle stream carries a ping every heartbeat interval; a peer
-that stays silent for LINK_SILENCE_S is taken for dead.
+that stays silent for HANG_S is taken for dead.
 """
 
 import asyncio
@@ -10,10 +10,8 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from kvtransfer import messages as m
 from protos.tandem.v1 import kvlink_pb2 as pb
 from runtime.errors import Unavailable
-from runtime.limits import HEARTBEAT_INTERVAL_S, HEARTBEAT_MISSES, LINK_TIMEOUT_S
+from runtime.limits import HANG_S, HEARTBEAT_INTERVAL_S, LINK_TIMEOUT_S
 from worker.link_messages import Message, from_wire
-
-LINK_SILENCE_S = HEARTBEAT_INTERVAL_S * HEARTBEAT_MISSES
 
 Envelope = pb.OpenRequest | pb.OpenResponse
 Read = Callable[[], Awaitable[Envelope | None]]
@@ -57,10 +55,10 @@ class ControlStream:
         """The next message that is not a ping; None at the stream's end. Unavailable after a silence."""
         while True:
             try:
-                async with asyncio.timeout(LINK_SILENCE_S):
+                async with asyncio.timeout(HANG_S):
                     envelope = await self._read()
             except TimeoutError as error:
-                raise Unavailable(f"the peer was silent for {LINK_SILENCE_S} s", retryable=True) from error
+                raise Unavailable(f"the peer was silent for {HANG_S} s", retryable=True) from error
             if envelope is None:
                 return None
             message = from_wire(envelope)

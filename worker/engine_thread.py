@@ -16,6 +16,7 @@ from typing import Protocol
 from engine.engine import Engine, StepResult
 from engine.parallel.errors import RankLost
 from runtime.clock import Clock, SystemClock
+from worker.step_watch import StepWatch
 
 logger = logging.getLogger(__name__)
 
@@ -31,6 +32,10 @@ class StepHandler(Protocol):
 
     def on_step(self, engine: Engine, result: StepResult) -> None:
         """Called with what a step has done."""
+        ...
+
+    def num_tokens_due(self) -> int:
+        """About how many tokens the next step computes; it is asked before each one."""
         ...
 
 
@@ -51,6 +56,7 @@ class EngineThread:
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._stopping = False
         self._clock = clock or SystemClock()
+        self.watch = StepWatch(self._clock)
         self.num_steps = 0
         self.busy_s = 0.0
         """Seconds in which this thread had something to do; any thread may read it."""
@@ -88,10 +94,11 @@ class EngineThread:
         self._handler.between_steps(self._engine)
         if self._engine.has_work():
             self.step_started_s = self._clock.now()
-            result = self._engine.step()
-            self.num_steps += 1
-            self._handler.on_step(self._engine, result)
-            self._handler.between_steps(self._engine)
+            with self.watch.step(self._handler.num_tokens_due()):
+                result = self._engine.step()
+                self.num_steps += 1
+                self._handler.on_step(self._engine, result)
+                self._handler.between_steps(self._engine)
         self.busy_s += self._clock.now() - woke_s
 
     def _apply(self, *, block: bool) -> float:

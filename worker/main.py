@@ -25,7 +25,7 @@ from engine.loader import load_model
 from engine.parallel.start import start_ranks
 from kvtransfer.layout import KvFacts, KvGroup
 from protos.tandem.v1 import common_pb2, registry_pb2
-from runtime import admin_http, rpc
+from runtime import admin_http, ledger, rpc
 from runtime.access import Keys, call_metadata
 from runtime.checkpoint_dir import bundled_model, file_hash, resolve
 from runtime.clock import SystemClock
@@ -207,7 +207,8 @@ class Worker:
         app = admin_http.admin_app(self._admin_routes(), self._settings.admin_key)
         http = admin_http.HttpServer(app)
         credentials = call_metadata(self._settings.internal_secret)
-        membership = Membership(self._info(http_port), self._settings.gateway, credentials)
+        is_hung = self._bridge.thread.watch.is_hung
+        membership = Membership(self._info(http_port), self._settings.gateway, credentials, is_hung)
         self._bridge.snapshot(self._engine)
         self._engine.model.ranks.watch(self._on_engine_death)
         self._bridge.thread.start()
@@ -279,6 +280,8 @@ class Worker:
         return admin_http.admin_routes(self._metrics.registry, self._state, self._not_ready)
 
     def _not_ready(self) -> str | None:
+        if self._bridge.thread.watch.is_hung():
+            return "a step of the engine hangs"
         return "draining" if self._shutdown.requested.is_set() else None
 
     def _load(self) -> common_pb2.WorkerLoad:
@@ -303,6 +306,8 @@ class Worker:
             "links": len(links),
             "transports": links,
             "steps": self._bridge.thread.num_steps,
+            "ledger": ledger.describe(blocks=self._bridge.blocks, attempts=self._bridge.hub.attempts),
+            **ledger.process_counts(),
         }
 
 

@@ -1,9 +1,13 @@
-"""Keeps this worker registered with its gateways: facts first, then a heartbeat each interval."""
+"""Keeps this worker registered with its gateways: facts first, then a heartbeat each interval.
+
+A heartbeat says that the engine moves, not that the event loop does: while a step hangs the worker is down,
+and it registers again when the step has ended after all.
+"""
 
 import asyncio
 import logging
 from collections import defaultdict
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 
 import grpc
 
@@ -28,8 +32,10 @@ class Membership:
         info: registry_pb2.WorkerInfo,
         gateways: list[str],
         credentials: tuple[tuple[str, str], ...] = (),
+        is_hung: Callable[[], bool] = lambda: False,
     ) -> None:
-        """`credentials` is the metadata that gateways ask of calls."""
+        """`credentials` is the metadata that gateways ask of calls. While it `is_hung` the worker is down."""
+        self._is_hung = is_hung
         self._credentials = credentials
         self._refusals: defaultdict[str, set[str]] = defaultdict(set)
         self._info = info
@@ -53,6 +59,8 @@ class Membership:
         pause_s, longest_s = RECONNECT_S
         async with rpc.channel(address) as channel:
             while True:
+                while self._is_hung():
+                    await asyncio.sleep(HEARTBEAT_INTERVAL_S)
                 if await self._register(channel, address):
                     pause_s = RECONNECT_S[0]
                 await asyncio.sleep(pause_s)
@@ -91,7 +99,8 @@ class Membership:
         yield registry_pb2.RegisterRequest(info=self._info)
         sequence = 0
         while True:
-            heartbeat = registry_pb2.Heartbeat(sequence=sequence, state=self._state)
+            state = common_pb2.WORKER_STATE_DOWN if self._is_hung() else self._state
+            heartbeat = registry_pb2.Heartbeat(sequence=sequence, state=state)
             yield registry_pb2.RegisterRequest(heartbeat=heartbeat)
             sequence += 1
             try:

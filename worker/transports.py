@@ -13,9 +13,11 @@ from kvtransfer.transport import NUM_SENDER_SLABS, Transport, make_slabs
 from kvtransfer.transports.gloo import GlooTransport
 from kvtransfer.transports.mapped import MappedTransport
 from kvtransfer.transports.shm import HostSharing
+from runtime import faultpoints
 from runtime.errors import Mismatch
 from runtime.settings import WorkerSettings
 from worker.control_stream import ControlStream
+from worker.pointed import PointedTransport
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,7 +70,8 @@ async def open_transport(
         hostname=settings.kv_interface_host or settings.host,
         device=device,
     )
-    return await asyncio.to_thread(opener, opening)
+    transport = await asyncio.to_thread(opener, opening)
+    return PointedTransport(transport) if faultpoints.ACTIVE else transport
 
 
 def _open_gloo(opening: Opening) -> Transport:

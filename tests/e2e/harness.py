@@ -3,9 +3,11 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable
@@ -16,9 +18,13 @@ import httpx
 import psutil
 
 import tandem
+from runtime import faultpoints
+from tests.faults.points import FaultPoints
 
 READY = re.compile(r"^ready http=(\S+) grpc=(\S+)$", re.MULTILINE)
 START_TIMEOUT_S = 90.0
+LIVE_COUNTS = ("blocks_used", "requests_running", "requests_waiting", "transfers", "attempts")
+"""Of a worker; zero when it is quiet."""
 DEADLINE_S = 30.0
 MODEL = Path(tandem.__file__).parent / "demo_model"
 
@@ -39,12 +45,20 @@ def kv_bytes_per_token() -> int:
     return sum(2 * c["num_hidden_layers"] * c["num_key_value_heads"] * c["head_dim"] * 4 for c in configs)
 
 
+def _held(owner: str, state: dict[str, Any], names: tuple[str, ...]) -> dict[str, int]:
+    counts = {name: state[name] for name in names}
+    for name, account in state["ledger"].items():
+        counts[f"ledger of {name}"] = account["taken"] - account["returned"]
+    return {f"{owner}: {name}": count for name, count in counts.items() if count}
+
+
 class Up:
     """One running `tandem up`."""
 
     def __init__(self, *flags: str) -> None:
         command = [sys.executable, "-m", "tandem", "up", "--http-port=0", "--grpc-port=0", *flags]
-        environment = os.environ | {"PYTHONUNBUFFERED": "1"}
+        self.points = FaultPoints(Path(tempfile.mkdtemp(prefix="tandem-faults-")))
+        environment = os.environ | {"PYTHONUNBUFFERED": "1", faultpoints.VARIABLE: str(self.points.folder)}
         self.process = subprocess.Popen(
             command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
         )
@@ -81,11 +95,15 @@ class Up:
         return found
 
     def is_quiet(self) -> bool:
-        """Nothing is held anywhere: the state after the last request."""
-        if self.state()["requests"]:
-            return False
-        held = ("blocks_used", "requests_running", "requests_waiting", "transfers", "attempts")
-        return all(worker[name] == 0 for worker in self.workers() for name in held)
+        """Nothing is held anywhere, and every ledger is balanced: the state after the last request."""
+        return not self.held()
+
+    def held(self) -> dict[str, int]:
+        """What any process holds for requests: empty is LEAK0."""
+        found = _held("gateway", self.state(), ("requests",))
+        for worker in self.workers():
+            found |= _held(worker["id"], worker, LIVE_COUNTS)
+        return found
 
     def metric(self, url: str, name: str) -> float:
         """Sum of a metric's samples at one process."""
@@ -124,6 +142,7 @@ class Up:
             self.process.kill()
             self.process.wait(10)
         self.client.close()
+        shutil.rmtree(self.points.folder, ignore_errors=True)
         for reader, name in zip(self._readers, ("stdout", "stderr"), strict=True):
             reader.join(10)
             getattr(self.process, name).close()

@@ -8,7 +8,7 @@ import asyncio
 import contextlib
 import itertools
 from collections import defaultdict
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -27,6 +27,7 @@ from protos.tandem.v1 import (
 )
 from runtime import rpc
 from runtime.access import Keys, call_metadata
+from runtime.limits import HEARTBEAT_INTERVAL_S
 from runtime.rpc_access import INTERNAL_REFUSAL, KeyGuard
 from runtime.version import PROTOCOL_MAJOR
 
@@ -106,12 +107,15 @@ class FakeWorker:
         self._tasks: set[asyncio.Task[Any]] = set()
         self._server: grpc.aio.Server | None = None
 
-    async def start(self) -> "FakeWorker":
+    async def start(self, behind: Callable[[tuple[str, int]], Any] | None = None) -> "FakeWorker":
+        """`behind` makes a proxy of an address, under whose own address the worker is then known."""
         guard = KeyGuard(Keys.parse(self._secret), INTERNAL_REFUSAL)
         self._server = rpc.server([guard], max_message_bytes=1 << 20)
         prefill_pb2_grpc.add_PrefillServiceServicer_to_server(_Prefill(self), self._server)
         decode_pb2_grpc.add_DecodeServiceServicer_to_server(_Decode(self), self._server)
         port = rpc.listen(self._server, "127.0.0.1", 0, "--port")
+        self.proxy = behind(("127.0.0.1", port)) if behind else None
+        port = self.proxy.port if self.proxy else port
         self.identity = pb.WorkerIdentity(
             worker_id=self.worker_id,
             boot_id=f"{self.worker_id}-boot-{next(self._boots)}",
@@ -183,7 +187,7 @@ class FakeWorker:
         try:
             while True:
                 try:
-                    async with asyncio.timeout(0.5):
+                    async with asyncio.timeout(HEARTBEAT_INTERVAL_S):
                         event = await events.get()
                 except TimeoutError:
                     event = pb.AttachEvent(load=self._load())

@@ -5,11 +5,12 @@ from typing import Any
 import pytest
 
 from gateway.attempt import Source
-from gateway.registry import KEEP_DOWN_S, SILENCE_S, Registry, State
+from gateway.registry import KEEP_DOWN_S, Registry, State
 from gateway.router import Candidate, Route, choose
 from protos.tandem.v1 import common_pb2, registry_pb2
 from runtime.clock import ManualClock
 from runtime.errors import InvalidRequest, Mismatch
+from runtime.limits import HANG_S
 
 READY = common_pb2.WORKER_STATE_READY
 
@@ -81,7 +82,7 @@ def test_a_worker_lives_falls_silent_and_is_forgotten() -> None:
     worker = registry.register(info())
     assert worker.state is State.STARTING
     assert registry.heartbeat(worker, READY)
-    clock.advance(SILENCE_S)
+    clock.advance(HANG_S)
     assert registry.expire() == []
     clock.advance(0.01)
     assert registry.expire() == [worker]
@@ -93,6 +94,17 @@ def test_a_worker_lives_falls_silent_and_is_forgotten() -> None:
     registry.expire()
     assert registry.all() == []
     assert registry.facts is None
+
+
+def test_a_silence_while_we_did_not_listen_is_excused() -> None:
+    clock = ManualClock()
+    registry = Registry(clock, "t")
+    worker = registry.register(info())
+    clock.advance(10)
+    registry.excuse(10 - HANG_S + 0.001)
+    assert registry.expire() == []
+    clock.advance(0.01)
+    assert registry.expire() == [worker]
 
 
 def test_a_new_boot_replaces_the_old_one() -> None:

@@ -204,3 +204,21 @@ async def test_a_draining_worker_refuses_as_retryable() -> None:
     event = await anext(gateway.events)
     assert event.ends[0].failed.retryable
     await gateway.events.aclose()
+
+
+async def test_an_attempt_ends_with_its_remaining_time_and_one_that_ended_does_not() -> None:
+    hub, handler = hub_and_handler()
+    gateway = await started(hub)
+    for request, timeout_ms in ((5, 20), (6, 60_000), (7, 30)):
+        submit = pb.Submit(request=request, attempt=1, transfer_id=bytes(16), timeout_ms=timeout_ms)
+        gateway.send(submit=submit)
+    gateway.send(abort=pb.AbortAttempt(request=7, attempt=1))
+    ends: list[pb.AttemptEnd] = []
+    async with asyncio.timeout(5):
+        while not ends:
+            ends += (await anext(gateway.events)).ends
+    assert [(end.request, end.failed.code, end.failed.retryable) for end in ends] == [(5, 4, False)]
+    assert handler.live == {AttemptKey(0, 6, 1)}
+    assert (hub.attempts.taken, hub.attempts.returned) == (3, 2)
+    await gateway.events.aclose()
+    assert hub.attempts.held == 0

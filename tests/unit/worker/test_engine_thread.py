@@ -36,6 +36,9 @@ class Handler:
     def on_step(self, engine: FakeEngine, result: object) -> None:
         self.results.append(result)
 
+    def num_tokens_due(self) -> int:
+        return 1
+
 
 @pytest.fixture
 def parts():
