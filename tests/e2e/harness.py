@@ -45,7 +45,8 @@ def kv_bytes_per_token() -> int:
     return sum(2 * c["num_hidden_layers"] * c["num_key_value_heads"] * c["head_dim"] * 4 for c in configs)
 
 
-def _held(owner: str, state: dict[str, Any], names: tuple[str, ...]) -> dict[str, int]:
+def held_by(owner: str, state: dict[str, Any], names: tuple[str, ...]) -> dict[str, int]:
+    """Counts of one process's /debug/state that are not zero, and ledgers that are not balanced."""
     counts = {name: state[name] for name in names}
     for name, account in state["ledger"].items():
         counts[f"ledger of {name}"] = account["taken"] - account["returned"]
@@ -100,9 +101,9 @@ class Up:
 
     def held(self) -> dict[str, int]:
         """What any process holds for requests: empty is LEAK0."""
-        found = _held("gateway", self.state(), ("requests",))
+        found = held_by("gateway", self.state(), ("requests",))
         for worker in self.workers():
-            found |= _held(worker["id"], worker, LIVE_COUNTS)
+            found |= held_by(worker["id"], worker, LIVE_COUNTS)
         return found
 
     def metric(self, url: str, name: str) -> float:

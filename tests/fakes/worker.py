@@ -106,6 +106,7 @@ class FakeWorker:
         self._streams: list[asyncio.Queue[pb.AttachEvent | None]] = []
         self._tasks: set[asyncio.Task[Any]] = set()
         self._server: grpc.aio.Server | None = None
+        self._dying: asyncio.Future[None] | None = None
 
     async def start(self, behind: Callable[[tuple[str, int]], Any] | None = None) -> "FakeWorker":
         """`behind` makes a proxy of an address, under whose own address the worker is then known."""
@@ -130,14 +131,16 @@ class FakeWorker:
         self._registration.cancel()
         for task in list(self.live.values()):
             task.cancel()
-        assert self._server is not None
-        await self._server.stop(0)
+        if self._server is not None:
+            # A task of its own: whoever called may be cancelled, and a server is stopped once.
+            self._dying, self._server = asyncio.ensure_future(self._server.stop(0)), None
+        if self._dying is not None:
+            await asyncio.shield(self._dying)
 
     async def stop(self) -> None:
         for task in list(self._tasks):
             task.cancel()
-        if self._server is not None:
-            await self._server.stop(0)
+        await self.die()
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
     def _spawn(self, work: Any) -> asyncio.Task[Any]:

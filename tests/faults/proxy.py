@@ -12,6 +12,7 @@ import threading
 from collections import Counter
 from collections.abc import Coroutine, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, TypeVar
 
 CHUNK_BYTES = 16 * 1024
@@ -29,6 +30,12 @@ class Weather:
     bytes_per_s: float | None = None
     blackhole: tuple[str, ...] = ()
     """Directions in which nothing arrives."""
+    only_pid: int | None = None
+    """The faults are for connections of this process alone; new ones included."""
+
+    def is_for(self, pid: int | None) -> bool:
+        """Whether a connection of this process feels it."""
+        return self.only_pid is None or self.only_pid == pid
 
 
 class Proxy:
@@ -122,10 +129,13 @@ class Proxy:
         except OSError:
             writer.transport.abort()
             return
+        pid = await asyncio.to_thread(_owner, writer.get_extra_info("peername")[1])
         ends = {writer, far_writer}
         self._writers |= ends
         try:
-            await asyncio.gather(self._pump(UP, reader, far_writer), self._pump(DOWN, far_reader, writer))
+            await asyncio.gather(
+                self._pump(UP, pid, reader, far_writer), self._pump(DOWN, pid, far_reader, writer)
+            )
         except (OSError, asyncio.CancelledError):
             pass
         finally:
@@ -133,26 +143,42 @@ class Proxy:
             for end in ends:
                 end.transport.abort()
 
-    async def _pump(self, direction: str, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    async def _pump(
+        self, direction: str, pid: int | None, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+    ) -> None:
         while data := await reader.read(CHUNK_BYTES):
-            await self._weathered(direction, len(data))
+            await self._weathered(direction, pid, len(data))
             if writer.transport.is_closing():
                 return
             writer.write(data)
             await writer.drain()
-        await self._weathered(direction, 0)
+        await self._weathered(direction, pid, 0)
         if writer.can_write_eof() and not writer.transport.is_closing():
             writer.write_eof()
 
-    async def _weathered(self, direction: str, num_bytes: int) -> None:
+    async def _weathered(self, direction: str, pid: int | None, num_bytes: int) -> None:
         """Wait as long as the weather wants."""
-        while direction in self._weather.blackhole:
+        while direction in self._weather.blackhole and self._weather.is_for(pid):
             self.hits["blackhole"] += 1
             await self._changed.wait()
         weather = self._weather
+        if not weather.is_for(pid):
+            return
         pause_s = weather.delay_s
         if weather.bytes_per_s:
             pause_s += num_bytes / weather.bytes_per_s
         if pause_s:
             self.hits["delay" if weather.delay_s else "throttle"] += 1
             await asyncio.sleep(pause_s)
+
+
+def _owner(port: int) -> int | None:
+    """The process of ours that connects from this port of loopback; None if none can be found."""
+    rows = Path("/proc/net/tcp").read_text().splitlines()[1:]
+    local = f"0100007F:{port:04X}"
+    inodes = {row.split()[9] for row in rows if row.split()[1] == local}
+    for handle in Path("/proc").glob("[0-9]*/fd/*"):
+        with contextlib.suppress(OSError):
+            if handle.readlink().name.removeprefix("socket:[").removesuffix("]") in inodes:
+                return int(handle.parts[2])
+    return None
