@@ -25,6 +25,10 @@ KEEPALIVE = (
 
 ERROR_DOMAIN = "tandem"
 
+MAX_UNTAKEN_CALLS = 16_384
+"""Calls that have come and that the event loop has not taken yet. gRPC's own bounds are lower: of more than
+1,000 it cancels some at random, though all of them would be admitted, or refused with a hint, in a moment."""
+
 
 def server(interceptors: list[grpc.aio.ServerInterceptor], *, max_message_bytes: int) -> grpc.aio.Server:
     """A server that never shares its port by accident."""
@@ -33,6 +37,8 @@ def server(interceptors: list[grpc.aio.ServerInterceptor], *, max_message_bytes:
         ("grpc.so_reuseport", 0),
         ("grpc.http2.min_recv_ping_interval_without_data_ms", 5_000),
         ("grpc.http2.max_ping_strikes", 0),
+        ("grpc.server.max_pending_requests", MAX_UNTAKEN_CALLS),
+        ("grpc.server.max_pending_requests_hard_limit", MAX_UNTAKEN_CALLS),
         ("grpc.max_receive_message_length", max_message_bytes),
     ]
     return grpc.aio.server(interceptors=interceptors, options=options)
