@@ -40,7 +40,9 @@ CASES = [
     Case(face="grpc", num_streams=2048, rate=10),
     Case(face="http", num_streams=32, rate=40),
     Case(face="http", num_streams=256, rate=10),
-    Case(face="http", num_streams=1024, rate=2),
+    Case(face="http", num_streams=1024, rate=4),
+    Case(face="http", num_streams=2048, rate=2),
+    Case(face="http", num_streams=2048, rate=10),
 ]
 
 

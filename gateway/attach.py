@@ -7,25 +7,26 @@
 3. The end of the stream, or HANG_S without an event, is put into every Inbox as a loss; the client
    connects again until its task is cancelled.
 
-A slow reader of an Inbox delays nobody: an Inbox takes what comes, and its request's max_tokens bounds it.
+A slow reader of an Inbox delays nobody: an Inbox takes what comes.
 """
 
 import asyncio
 import logging
 from collections import deque
-from collections.abc import AsyncIterator, Callable
-from typing import Any, NamedTuple
+from collections.abc import AsyncIterator, Callable, Iterable
+from typing import Any
 
 import grpc.aio
 
 from gateway.attempt import Source
 from gateway.choices import choices_to_end
+from gateway.inbox import Arrival, Inbox
 from gateway.quarantine import Suspicion, losses
 from protos.tandem.v1 import common_pb2 as pb
 from protos.tandem.v1 import decode_pb2, decode_pb2_grpc, prefill_pb2, prefill_pb2_grpc
 from runtime import rpc
 from runtime.clock import SystemClock
-from runtime.errors import Overloaded, TandemError, Unavailable
+from runtime.errors import Overloaded, Unavailable
 from runtime.ledger import Account
 from runtime.limits import HANG_S, HEARTBEAT_INTERVAL_S
 from runtime.version import PROTOCOL_MAJOR
@@ -42,42 +43,6 @@ STUBS: dict[Source, tuple[Callable[[grpc.aio.Channel], Any], Callable[..., Any]]
     Source.PREFILL: (prefill_pb2_grpc.PrefillServiceStub, prefill_pb2.PrefillServiceAttachRequest),
     Source.DECODE: (decode_pb2_grpc.DecodeServiceStub, decode_pb2.DecodeServiceAttachRequest),
 }
-
-
-class Arrival(NamedTuple):
-    """One thing that a worker said about an attempt, or the loss of the worker."""
-
-    source: Source
-    attempt: int
-    what: pb.TokenFrame | pb.AttemptEnd | TandemError
-
-
-class Inbox:
-    """Arrivals of one request from all of its workers, for one reader."""
-
-    def __init__(self) -> None:
-        self._arrivals: list[Arrival] = []
-        self._wake = asyncio.Event()
-        self._interrupt: TandemError | None = None
-
-    def put(self, arrival: Arrival) -> None:
-        """Add an arrival; never blocks."""
-        self._arrivals.append(arrival)
-        self._wake.set()
-
-    def interrupt(self, error: TandemError) -> None:
-        """Make the next `get` raise this error."""
-        self._interrupt = error
-        self._wake.set()
-
-    async def get(self) -> list[Arrival]:
-        """Everything that has come since the last call, at least one arrival."""
-        await self._wake.wait()
-        self._wake.clear()
-        if self._interrupt is not None:
-            raise self._interrupt
-        arrivals, self._arrivals = self._arrivals, []
-        return arrivals
 
 
 class AttachClient:
@@ -211,21 +176,26 @@ class AttachClient:
     def _dispatch(self, event: pb.AttachEvent) -> None:
         if event.HasField("load"):
             self.load = event.load
-        for frame in event.tokens:
-            inbox = self._live.get((frame.request, frame.attempt))
-            if inbox is None:
-                self._on_dropped(1)
-                continue
-            self._uncomputed.pop((frame.request, frame.attempt), None)
-            inbox.put(Arrival(self.source, frame.attempt, frame))
-        if self.source is Source.DECODE:
-            stepped = {(frame.request, frame.attempt) for frame in event.tokens}
-            for key in stepped & self._suspicions.keys():
-                self._suspicions[key].on_step()
+        self._dispatch_tokens(event.tokens)
         for end in event.ends:
             inbox = self._ended((end.request, end.attempt), end)
             if inbox is not None:
                 inbox.put(Arrival(self.source, end.attempt, end))
+
+    def _dispatch_tokens(self, frames: Iterable[pb.TokenFrame]) -> None:
+        stepped: dict[tuple[int, int], None] = {}
+        for frame in frames:
+            key = frame.request, frame.attempt
+            inbox = self._live.get(key)
+            if inbox is None:
+                self._on_dropped(1)
+                continue
+            self._uncomputed.pop(key, None)
+            stepped[key] = None
+            inbox.put(Arrival(self.source, frame.attempt, frame))
+        if self.source is Source.DECODE:
+            for key in stepped:  # once each: the choices of a request are one step's
+                self._suspicions[key].on_step()
 
     def _ended(self, key: tuple[int, int], end: pb.AttemptEnd) -> Inbox | None:
         """The Inbox of an attempt, which is forgotten with the end of its last choice or of the whole."""

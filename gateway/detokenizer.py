@@ -59,6 +59,7 @@ class Vocabulary:
         added = tokenizer.get_added_tokens_decoder()
         self._special_ids = frozenset(token_id for token_id, token in added.items() if token.special)
         self._shown_bytes: dict[int, bytes] = {}
+        self._whole_texts: dict[int, str] = {}
 
     def shown_bytes(self, token_id: int) -> bytes:
         """Of a byte-level vocabulary: what the token adds to a text; b"" for special and unknown ids."""
@@ -69,7 +70,18 @@ class Vocabulary:
             raw = b"" if entry is None else spelled_bytes(entry)
             if entry is not None:  # so that the table is never larger than the vocabulary
                 self._shown_bytes[token_id] = raw
+                self._note_text(token_id, raw)
             return raw
+
+    def _note_text(self, token_id: int, raw: bytes) -> None:
+        try:
+            self._whole_texts[token_id] = raw.decode()
+        except UnicodeDecodeError:
+            pass  # its text depends on its neighbours
+
+    def whole_text(self, token_id: int) -> str | None:
+        """The text of a token of whole characters; None for one with parts of characters, or unknown yet."""
+        return self._whole_texts.get(token_id)
 
     def spelling(self, token_id: int) -> str | None:
         """The vocabulary's entry if the token shows in text; None for special and unknown ids."""
@@ -111,13 +123,22 @@ class ByteLevelDetokenizer:
     def __init__(self, vocabulary: Vocabulary) -> None:
         self._vocabulary = vocabulary
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
+        self._is_inside = False
+        """Of a character."""
 
     def push(self, token_id: int) -> str:
         """Text that this token completes."""
-        return self._utf8.decode(self._vocabulary.shown_bytes(token_id))
+        if not self._is_inside:
+            whole = self._vocabulary.whole_text(token_id)
+            if whole is not None:
+                return whole
+        text = self._utf8.decode(self._vocabulary.shown_bytes(token_id))
+        self._is_inside = bool(self._utf8.getstate()[0])
+        return text
 
     def finish(self) -> str:
         """A replacement character if a character is left unfinished."""
+        self._is_inside = False
         return self._utf8.decode(b"", final=True)
 
 

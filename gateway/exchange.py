@@ -20,6 +20,7 @@ from gateway.limits import (
     MAX_REQUEST_ID_CHARS,
     MAX_URL_BYTES,
 )
+from gateway.patience import Patience
 from runtime.admin_http import json_response
 from runtime.errors import Cancelled, Internal, InvalidRequest, NotFound, PayloadTooLarge, TandemError
 
@@ -28,8 +29,9 @@ T = TypeVar("T")
 BODY_TIMEOUT_S = 10.0
 """A body that takes longer to arrive is refused."""
 
-SEND_TIMEOUT_S = 30.0
-"""A client that takes nothing for this long is taken for gone."""
+INNERMOST_SEND = "tandem.send"
+"""Key of the ASGI server's own `send` in the scope. What wraps it looks at an answer's start only, and the
+parts of a stream may go past it."""
 
 TIMEOUT_HEADER = "x-request-timeout"
 """HTTP's counterpart of a gRPC deadline."""
@@ -157,6 +159,7 @@ def with_request_id(app: ASGIApp) -> ASGIApp:
         given = headers.get(b"x-request-id", b"").decode("latin-1")
         request_id = given if REQUEST_ID.fullmatch(given) else secrets.token_hex(16)
         scope["tandem.request_id"] = request_id
+        scope[INNERMOST_SEND] = send
 
         async def send_with_id(message: Message) -> None:
             if message["type"] == "http.response.start":
@@ -220,7 +223,8 @@ class EventStream(Response):
 
     def __init__(self, events: AsyncGenerator[bytes, None]) -> None:
         self._events = events
-        self._started = False
+        self._part_send: Send | None = None
+        """What sends parts, once the start is sent."""
         self.background = None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -231,30 +235,40 @@ class EventStream(Response):
             pass  # nobody is left to tell
 
     async def _send_all(self, scope: Scope, receive: Receive, send: Send) -> None:
-        try:
-            async with aclosing(self._events):
-                async for event in self._events:
-                    await self._send_part(send, event)
-        except TandemError as error:
-            if not self._started:
-                await error_response(error)(scope, receive, send)
-                return
-            await self._send_part(send, sse(error_body(error)))
-        except Exception:
-            if self._started:
-                await self._send_part(send, sse(error_body(Internal("internal error"))))
-            raise
-        await send({"type": "http.response.body", "body": b"", "more_body": False})
+        with Patience() as patience:
+            try:
+                await self._send_events(scope, send, patience)
+            except asyncio.CancelledError:
+                if not patience.is_over:
+                    raise
+                raise Cancelled("the client does not read") from None
+            except TandemError as error:
+                patience.begin()
+                if self._part_send is None:
+                    await error_response(error)(scope, receive, send)
+                    return
+                await self._part_send(_part(sse(error_body(error))))
+            except Exception:
+                if self._part_send is not None:
+                    await self._part_send(_part(sse(error_body(Internal("internal error")))))
+                raise
+            await send({"type": "http.response.body", "body": b"", "more_body": False})
 
-    async def _send_part(self, send: Send, part: bytes) -> None:
-        try:
-            async with asyncio.timeout(SEND_TIMEOUT_S):
-                if not self._started:
-                    self._started = True
+    async def _send_events(self, scope: Scope, send: Send, patience: Patience) -> None:
+        send_part: Send = scope[INNERMOST_SEND]
+        async with aclosing(self._events):
+            async for event in self._events:
+                patience.begin()
+                if self._part_send is None:
+                    self._part_send = send_part
                     await send({"type": "http.response.start", "status": 200, "headers": SSE_HEADERS})
-                await send({"type": "http.response.body", "body": part, "more_body": True})
-        except TimeoutError:
-            raise Cancelled("the client does not read") from None
+                await send_part(_part(event))
+                patience.end()
+        patience.begin()
+
+
+def _part(body: bytes) -> Message:
+    return {"type": "http.response.body", "body": body, "more_body": True}
 
 
 SSE_HEADERS = [

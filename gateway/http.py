@@ -165,9 +165,9 @@ async def _events(
     """The stream as server-sent events. Without [DONE] it is not complete."""
     async with aclosing(deltas):
         async for delta in deltas:
-            chunk = answer.chunk(delta)
-            if chunk is not None:
-                yield sse(chunk)
+            event = answer.event(delta)
+            if event is not None:
+                yield event
             if delta.usage is not None and asked.include_usage:
                 yield sse(answer.usage_chunk(delta.usage))
     yield b"data: [DONE]\n\n"

@@ -8,6 +8,7 @@
 
 import asyncio
 import contextlib
+import gc
 import logging
 import secrets
 import socket
@@ -47,6 +48,10 @@ INTERNAL_MESSAGE_BYTES = 1024 * 1024
 
 HEALTH_TICK_S = 0.1
 """How often gRPC health follows /ready."""
+
+GC_THRESHOLDS = (20_000, 50, 50)
+"""A token leaves no cycles behind. With Python's own thresholds a seventh of the time under 2,048 streams was
+spent on looking for them."""
 
 CLOSE_GRACE_S = 2.0
 """Connections have this long to close after the drain."""
@@ -220,6 +225,7 @@ async def serve(settings: GatewaySettings, shutdown: Shutdown) -> None:
     gateway = Gateway(settings, model)
     gateway.bind()
     settle()
+    gc.set_threshold(*GC_THRESHOLDS)
     async with gateway.serving():
         print(gateway.listening_line(), flush=True)  # noqa: T201 - the launcher reads it
         logger.info("serving %s from %s", model.name, model.root)

@@ -4,6 +4,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 from gateway.attempt import Failed
 from runtime import errors
+from runtime.loop_metrics import LoopCounter, LoopHistogram
 from runtime.metrics import DURATION_BUCKETS, LAG_BUCKETS, PREFIX, TOKEN_BUCKETS, TTFT_BUCKETS
 
 OUTCOMES: dict[str, str] = {
@@ -44,10 +45,11 @@ class GatewayMetrics:
         self.time_to_first_token = self._histogram(
             "time_to_first_token_seconds", "Request received to first token sent", TTFT_BUCKETS
         )
-        self.inter_token_latency = self._histogram(
-            "inter_token_latency_seconds",
+        self.inter_token_latency = LoopHistogram(
+            PREFIX + "inter_token_latency_seconds",
             "Gap between tokens of one request; tokens that come together share it",
             TOKEN_BUCKETS,
+            self.registry,
         )
         self.e2e_latency = self._histogram(
             "e2e_request_latency_seconds", "Request received to last token sent", DURATION_BUCKETS
@@ -56,7 +58,9 @@ class GatewayMetrics:
             "request_queue_seconds", "Wait for admission at the gateway", TTFT_BUCKETS
         )
         self.prompt_tokens = self._counter("prompt_tokens", "Prompt tokens of admitted requests")
-        self.generation_tokens = self._counter("generation_tokens", "Tokens sent to clients")
+        self.generation_tokens = LoopCounter(
+            PREFIX + "generation_tokens", "Tokens sent to clients", self.registry
+        )
         self.requests = self._counter("requests", "Requests by how they ended", "outcome")
         self.attempts = self._counter("request_attempts", "Attempts started on workers")
         self.retries = self._counter(
@@ -126,13 +130,13 @@ class RequestMeter:
         """Tokens were sent."""
         if num_tokens == 0:
             return
-        self._metrics.generation_tokens.inc(num_tokens)
+        self._metrics.generation_tokens.value += num_tokens
         if self._last_s is None:
             self._first_s = now_s
             self._metrics.time_to_first_token.observe(now_s - self._arrived_s, self._exemplar)
         else:
-            for _ in range(num_tokens):
-                self._metrics.inter_token_latency.observe((now_s - self._last_s) / num_tokens)
+            gap_s = (now_s - self._last_s) / num_tokens
+            self._metrics.inter_token_latency.observe(gap_s, num_tokens)
         self._last_s = now_s
         self._num_tokens += num_tokens
 

@@ -4,11 +4,15 @@ With `return_token_ids` the ids stand where vLLM puts them: `token_ids` in the c
 the choice of a completion and at the top of a chat answer, in a stream on the first chunk only.
 """
 
+import secrets
 import time
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
+import orjson
+
+from gateway.exchange import sse
 from gateway.openai import ApiRequest
 from gateway.output import Delta
 from gateway.tokenizer import TextTokenizer
@@ -20,6 +24,9 @@ FINISH_REASONS = {
     pb.FINISH_REASON_ABORT: "abort",
     pb.FINISH_REASON_ERROR: "error",
 }
+
+MARK = secrets.token_hex(16)
+"""Stands for the text in the event that other events are made from; no client can know it."""
 
 ID_PREFIX = {"completion": "cmpl-", "chat": "chatcmpl-"}
 
@@ -54,7 +61,26 @@ class Answer:
             "system_fingerprint": None,
         }
         self._started: set[int] = set()
+        self._wants_tokens = request.return_token_ids or request.sampling.HasField("logprobs")
+        self._text_events: dict[int, tuple[bytes, bytes]] = {}
         self._text_offsets: Counter[int] = Counter()
+
+    def event(self, delta: Delta) -> bytes | None:
+        """`chunk` as a server-sent event. Most differ in their text alone, and only that is written anew."""
+        is_text = delta.choice in self._started and delta.finish_reason is None and not self._wants_tokens
+        if is_text and delta.text:
+            before, behind = self._text_events.get(delta.choice) or self._text_event(delta.choice)
+            return before + orjson.dumps(delta.text) + behind
+        chunk = self.chunk(delta)
+        return None if chunk is None else sse(chunk)
+
+    def _text_event(self, choice: int) -> tuple[bytes, bytes]:
+        """What stands before and behind the text in the events of a choice."""
+        whole = self.chunk(Delta(choice=choice, text=MARK))
+        assert whole is not None
+        before, behind = sse(whole).split(orjson.dumps(MARK))
+        self._text_events[choice] = before, behind
+        return before, behind
 
     def chunk(self, delta: Delta) -> dict[str, Any] | None:
         """One chunk of a stream; None if there is nothing to say yet."""
@@ -103,8 +129,7 @@ class Answer:
         return choice | {"text": delta.text}
 
     def _is_worth_sending(self, delta: Delta, is_first: bool) -> bool:
-        wants_tokens = self._request.return_token_ids or self._request.sampling.HasField("logprobs")
-        return bool(delta.text) or is_first or delta.finish_reason is not None or wants_tokens
+        return bool(delta.text) or is_first or delta.finish_reason is not None or self._wants_tokens
 
     def _body(self, kind: str, choices: list[dict[str, Any]]) -> dict[str, Any]:
         return self._head | {"object": kind, "choices": choices}

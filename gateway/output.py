@@ -9,9 +9,9 @@ from gateway.detokenizer import StopStrings, Vocabulary
 from protos.tandem.v1 import common_pb2 as pb
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(slots=True, kw_only=True)
 class Delta:
-    """What is new since the last delta of this choice."""
+    """What is new since the last delta of this choice. Never changed; saying so would cost 2 µs a token."""
 
     choice: int = 0
     """Index of the choice."""
@@ -61,6 +61,9 @@ class TextOutput:
 
     def push(self, new: NewTokens) -> Piece:
         """Text that these tokens complete, up to the first stop string."""
+        if len(new.token_ids) == 1:
+            self.num_tokens += 1
+            return Piece(new.token_ids, new.logprobs, *self._push_token(new.token_ids[0]))
         texts: list[str] = []
         for index, token_id in enumerate(new.token_ids):
             self.num_tokens += 1

@@ -4,10 +4,10 @@ In a split attempt the decode worker's tokens may overtake the prefill worker's 
 until the prompt's part has come, so that it always is on the first delta. Pure.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
-from gateway.attach import Arrival
 from gateway.attempt import Source
+from gateway.inbox import Arrival
 from protos.tandem.v1 import common_pb2 as pb
 from runtime.errors import TandemError
 
@@ -34,8 +34,10 @@ class PromptLogprobs:
         if not self._awaited or source is not self._computing:
             submit.sampling.ClearField("prompt_logprobs")
 
-    def admit(self, arrivals: Iterable[Arrival]) -> list[Arrival]:
+    def admit(self, arrivals: list[Arrival]) -> list[Arrival]:
         """What may be looked at now, in order; tokens of the decode worker wait for the prompt's part."""
+        if not self._awaited and not self._held:
+            return arrivals
         admitted: list[Arrival] = []
         for arrival in arrivals:
             self._look(arrival)

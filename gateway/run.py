@@ -16,10 +16,10 @@ from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, replace
 
-from gateway.attach import Arrival, Inbox
 from gateway.attempt import NOTHING, Finished, NewTokens, Progress, Source
 from gateway.choices import ChoiceOutputs
 from gateway.fleet import Fleet
+from gateway.inbox import Arrival, Inbox
 from gateway.metrics import GatewayMetrics
 from gateway.output import Delta
 from gateway.prefix_index import Chain
@@ -142,12 +142,12 @@ class RequestRun:
             try:
                 self._submit(route, prefix)
                 self._trace.routed(start_s, attempt, route)
-                deltas = self._merge(await self._arrivals())
+                deltas = self._merge(self.prompt_logprobs.admit(await self._inbox.get()))
                 while not self._progress.is_over:
                     self._end_overruns(route, attempt)
                     for delta in deltas:
                         yield delta
-                    deltas = self._merge(await self._arrivals())
+                    deltas = self._merge(self.prompt_logprobs.admit(await self._inbox.get()))
             finally:
                 self._watch.end()
                 self._abort(route, attempt)
@@ -161,17 +161,13 @@ class RequestRun:
             yield delta
         yield self._with_usage(last)
 
-    async def _arrivals(self) -> list[Arrival]:
-        return self.prompt_logprobs.admit(await self._inbox.get())
-
     def _merge(self, arrivals: list[Arrival]) -> list[Delta]:
         """What has come, as output: at most one delta for each choice."""
         new: dict[int, NewTokens] = {}
         for source, attempt, what in arrivals:
             if isinstance(what, pb.TokenFrame):
-                tokens = self._progress.on_frame(source, what)
-                before = new.get(what.choice)
-                new[what.choice] = tokens if before is None else before.followed_by(tokens)
+                tokens, number = self._progress.on_frame(source, what), what.choice
+                new[number] = new[number].followed_by(tokens) if number in new else tokens
             elif isinstance(what, pb.AttemptEnd):
                 self._progress.on_end(source, what)
             else:
@@ -181,9 +177,9 @@ class RequestRun:
 
     def _deltas(self, new: Mapping[int, NewTokens]) -> list[Delta]:
         deltas = []
-        for number in list(self._outputs.going_on):
-            choice = self._progress.choices[number]
-            delta = self._outputs.push(number, new.get(number, NOTHING), choice.finished)
+        choices = self._progress.choices
+        for number in tuple(self._outputs.going_on):
+            delta = self._outputs.push(number, new.get(number, NOTHING), choices[number].finished)
             if delta is not None:
                 deltas.append(self._noted(delta))
         return deltas

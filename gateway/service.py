@@ -11,6 +11,7 @@ import grpc.aio
 from gateway.exchange import REQUEST_ID
 from gateway.flow import Flow, Generation
 from gateway.output import Delta, join
+from gateway.patience import Patience
 from gateway.prompts import Messages, tokenize
 from gateway.registry import STATES
 from gateway.tracing import Origin
@@ -42,9 +43,12 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
         """Deltas; the last one of a choice carries its finish reason, the last one of all usage."""
         async with rpc.translated(context):
             asked = self._asked(request, context, stream=True)
-            async with aclosing(self._flow.stream(asked)) as deltas:
-                async for delta in deltas:
-                    yield _response(asked.request_id, delta)
+            with Patience() as patience:
+                async with aclosing(self._flow.stream(asked)) as deltas:
+                    async for delta in deltas:
+                        patience.begin()
+                        yield _response(asked.request_id, delta)
+                        patience.end()
 
     async def Complete(
         self, request: inference_pb2.CompleteRequest, context: Context

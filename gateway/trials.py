@@ -33,7 +33,7 @@ class Watch:
     def __init__(self, trials: "Trials") -> None:
         self.suspicion = Suspicion()
         self._trials = trials
-        self._trial = Trial()
+        self._trial: Trial | None = None
 
     async def begin(self, deadline: float) -> None:
         """Another attempt may begin when this returns; `deadline` is on the event loop's clock."""
@@ -42,12 +42,14 @@ class Watch:
 
     def settle(self) -> None:
         """Something has come: perhaps the request has proven harmless."""
-        if not self.suspicion.is_suspect:
-            self._trial.end()
+        if self._trial is not None and not self.suspicion.is_suspect:
+            self.end()
 
     def end(self) -> None:
         """The attempt is over, or was none."""
-        self._trial.end()
+        if self._trial is not None:
+            self._trial.end()
+            self._trial = None
 
 
 class Trials:

@@ -10,6 +10,7 @@ import asyncio
 import gc
 import logging
 import os
+import resource
 import signal
 import sys
 from collections.abc import Awaitable, Callable
@@ -59,12 +60,19 @@ class Shutdown:
 
 def run(main: Callable[[Shutdown], Awaitable[None]]) -> int:
     """Run a process to its end; returns the exit code."""
+    _allow_open_files()
     try:
         return uvloop.run(_supervise(main))
     except StartupError as error:
         fail(error)
     except KeyboardInterrupt:
         return 130
+
+
+def _allow_open_files() -> None:
+    """A connection is an open file, and many systems let a process have 1,024 unless it asks for more."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
 async def _supervise(main: Callable[[Shutdown], Awaitable[None]]) -> int:

@@ -6,7 +6,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from gateway import exchange  # noqa: E402
+from gateway import exchange, patience  # noqa: E402
 from gateway.limits import LIMITS, MAX_LENGTH_PENALTY, Limit  # noqa: E402
 from gateway.validation import FLOAT_RANGES, LOGIT_BIAS_RANGE  # noqa: E402
 from runtime import http_head  # noqa: E402
@@ -50,7 +50,7 @@ def render() -> str:
         f"The head of a request has {http_head.HEAD_TIMEOUT_S:g} s to arrive, a new connection "
         f"{http_head.FIRST_BYTE_TIMEOUT_S:g} s to say something.",
         f"A body has {exchange.BODY_TIMEOUT_S:g} s to arrive; a client that takes nothing for "
-        f"{exchange.SEND_TIMEOUT_S:g} s is taken for gone.",
+        f"{patience.SEND_TIMEOUT_S:g} s is taken for gone.",
         "`--max-concurrent-requests` run, `--max-waiting-requests` more wait; the next is a 429 with a hint.",
     ]
     return HEAD + "\n".join(lines) + "\n"

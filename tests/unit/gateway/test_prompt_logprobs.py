@@ -4,8 +4,8 @@ import itertools
 
 import pytest
 
-from gateway.attach import Arrival
 from gateway.attempt import Source
+from gateway.inbox import Arrival
 from gateway.prompt_logprobs import PromptLogprobs
 from protos.tandem.v1 import common_pb2 as pb
 from runtime.errors import Unavailable
