@@ -50,6 +50,9 @@ class BlockTables:
         self.draft_coverage = DraftCoverage(block_size)
         self._copy_blocks = copy_blocks
         self._copies: list[list[tuple[int, int]]] = [[] for _ in self.pools]
+        self._in_flight: set[Request] = set()
+        self._landing: list[list[list[int]]] = []
+        """Tables that were freed while a step that is on its way may write into their blocks."""
 
     @property
     def num_free(self) -> int:
@@ -163,12 +166,28 @@ class BlockTables:
             request.num_published_blocks += 1
 
     def free(self, request: Request) -> None:
-        """Take all blocks back; what is not published is gone."""
-        for pool, table in zip(self.pools, request.block_tables, strict=False):
-            pool.free(reversed(table))
+        """Take all blocks back; what is not published is gone. Of requests in flight, `land` takes them."""
+        if request in self._in_flight:
+            self._landing.append(request.block_tables)
+        else:
+            self._release(request.block_tables)
         request.block_tables = []
         request.num_computed_tokens = request.num_published_blocks = 0
         request.num_draft_computed_tokens = request.num_draft_published_blocks = 0
+
+    def _release(self, tables: Sequence[Sequence[int]]) -> None:
+        for pool, table in zip(self.pools, tables, strict=False):
+            pool.free(reversed(table))
+
+    def depart(self, requests: Iterable[Request]) -> None:
+        """A step that writes into these requests' blocks, and no others', is on its way from now on."""
+        self._in_flight = set(requests)
+
+    def land(self) -> None:
+        """The step before the one that departed last has ended: free what waited for it."""
+        for tables in self._landing:
+            self._release(tables)
+        self._landing.clear()
 
     def retract(self, request: Request) -> None:
         """The KV of a request is bad: forget every sequence that starts with its first block.
@@ -213,9 +232,10 @@ class BlockTables:
             pool.drop(block_id)
 
     def check(self, requests: Iterable[Request]) -> None:
-        """Assert that the given live requests hold exactly the used blocks, and share in the tree's order."""
+        """Assert that the given live requests, with those that land, hold exactly the used blocks, and share
+        in the tree's order."""
         assert not any(self._copies), "blocks are still to be copied"
-        tables = [request.block_tables for request in requests if request.block_tables]
+        tables = [request.block_tables for request in requests if request.block_tables] + self._landing
         for group, pool in enumerate(self.pools):
             pool.check()
             held = Counter(block_id for table in tables for block_id in table[group])

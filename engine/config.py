@@ -11,6 +11,7 @@ DType = Literal["auto", "float32", "bfloat16", "float16"]
 Speculative = Literal["off", "ngram", "draft"]
 DraftAcceptance = Literal["coupled", "rejection"]
 CudaGraphs = Literal["auto", "off"]
+Overlap = Literal["auto", "on", "off"]
 
 MAX_DRAFT_TOKENS = 64
 
@@ -53,6 +54,9 @@ class EngineConfig:
     """"auto": on a GPU decode steps are captured at the start and replayed, unless several ranks compute."""
     cuda_graph_sizes: tuple[int, ...] = ()
     """Numbers of requests that captured steps are padded to; empty: `engine.step.shapes.usual_sizes`."""
+    overlap: Overlap = "auto"
+    """Start a decode step before the one before it has ended; never with speculation or with several ranks.
+    "auto": on a GPU."""
     device: str = "cpu"
     """A torch device, for example "cpu" or "cuda:0"."""
 

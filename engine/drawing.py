@@ -16,6 +16,8 @@ from engine.warpers import warp
 from kernels import ops
 from kernels.truncation import Truncation
 
+LARGEST_TOP_K = 2**31 - 1
+
 
 class Draw(NamedTuple):
     """How one row's token is chosen."""
@@ -37,8 +39,8 @@ class Draw(NamedTuple):
 
     @property
     def integers(self) -> tuple[int, int, int, int]:
-        """Seed, position, choice, top-k; 0: every token."""
-        return self.params.seed, self.position, self.choice, max(self.params.top_k, 0)
+        """Seed, position, choice, top-k as int32; 0: every token."""
+        return self.params.seed, self.position, self.choice, min(max(self.params.top_k, 0), LARGEST_TOP_K)
 
     @property
     def floats(self) -> tuple[float, float, float]:

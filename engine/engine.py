@@ -22,6 +22,7 @@ from engine.runner import Runner
 from engine.sampler import Sample
 from engine.scheduler import Scheduler
 from engine.speculative.speculation import SpeculationStats
+from engine.step.pipeline import make_pipeline
 from engine.structured import Grammars
 from runtime.errors import ContextLengthExceeded, InvalidRequest
 
@@ -50,6 +51,7 @@ class Engine:
             extend=self._runner.speculation.extend,
         )
         self._beams = Beams(self._scheduler)
+        self._pipeline = make_pipeline(self._scheduler, self._runner, model.facts.max_model_len)
 
     def enter(self, request: Request) -> None:
         """Give a request that will be reserved its place in the order of requests: its `rank`."""
@@ -98,7 +100,10 @@ class Engine:
         return outputs + self._beams.advance()
 
     def abort(self, key: Hashable) -> bool:
-        """Forget a request in any state and free its blocks at once; False if there is none."""
+        """Forget a request in any state and free its blocks; False if there is none.
+
+        They are free on return, or, if a step that is on its way writes into them, behind the next `step`.
+        """
         request = self._scheduler.live.get(key)
         if request is not None:
             self._scheduler.finish(request)
@@ -116,15 +121,13 @@ class Engine:
         self.abort(key)
 
     def step(self) -> StepResult:
-        """Schedule, run, commit."""
-        plan = self._scheduler.schedule()
-        samples = self._runner.run(plan) if plan else []
-        self._scheduler.charge(plan)
+        """Schedule, run, commit; `engine.step.pipeline` says what of it overlaps."""
+        plan, samples = self._pipeline.step()
         return self._commit_step(plan, iter(samples))
 
     def has_work(self) -> bool:
         """Whether a step would compute or tell anything; a request that waits for blocks alone is no work."""
-        return self._scheduler.has_work()
+        return self._pipeline.in_flight or self._scheduler.has_work()
 
     def load(self) -> EngineLoad:
         """How busy this engine is."""

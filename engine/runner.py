@@ -14,7 +14,7 @@ from engine.plan import Scheduled
 from engine.sampler import Sample, Sampler
 from engine.speculative.factory import make_speculation
 from engine.speculative.speculation import Proposal
-from engine.step.factory import make_graphs
+from engine.step.factory import make_steps
 from engine.step.shapes import StepShape
 from engine.structured import Grammars
 
@@ -29,7 +29,7 @@ class Runner:
         self._kv_cache = kv_cache
         self.sampler = Sampler(model.facts.eos_token_ids, model.facts.vocab_size, grammars)
         self.speculation = make_speculation(config, model, kv_cache, self.sampler)
-        self._graphs = make_graphs(config, model, kv_cache)
+        self._graphs, self.flights = make_steps(config, model, kv_cache)
 
     @torch.inference_mode()
     def run(self, plan: list[Scheduled]) -> list[Sample]:

@@ -187,13 +187,19 @@ class Scheduler:
 
     def has_work(self) -> bool:
         """Whether a step would compute, or tell, anything."""
+        return bool(self.decode.running or self._preempted or self.may_start_prompts)
+
+    @property
+    def may_start_prompts(self) -> bool:
+        """A prompt is being computed, or the next step starts or resumes one, if need be by displacing."""
+        if self.prefill.prefilling:
+            return True
         head = self.prefill.head(newcomers=not self._is_crowded)
-        return bool(
-            self.decode.running
-            or self.prefill.prefilling
-            or self._preempted
-            or (head and self._fits(head, _reusable(head)))
-        )
+        if head is None:
+            return False
+        running = self.decode.running
+        ranks_before = bool(running) and head.rank[0] < running[-1].rank[0]
+        return ranks_before or self._fits(head, _reusable(head))
 
     def check(self) -> None:
         """Assert that every live request is in the one place of its state and holds its blocks."""

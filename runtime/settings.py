@@ -101,6 +101,8 @@ class EngineSettings(ProcessSettings):
     """auto: on a GPU decode steps are captured at the start and replayed; off: kernel by kernel."""
     cuda_graph_sizes: list[Count] = Field(default=[])
     """Numbers of requests that captured steps are padded to; none: 1, 2, 4, 8, 16, ... --max-num-seqs."""
+    overlap: Literal["auto", "on", "off"] = "auto"
+    """Start a decode step before the one before it has ended; auto: on a GPU; never with speculation."""
     threads: Count = 1
     """CPU threads of one worker's tensor operations."""
 

@@ -126,6 +126,7 @@ def _load_engine(settings: WorkerSettings) -> tuple[Engine, str]:
         draft_acceptance=settings.draft_acceptance,
         cuda_graphs=settings.cuda_graphs,
         cuda_graph_sizes=tuple(settings.cuda_graph_sizes),
+        overlap=settings.overlap,
     )
     ranks = start_ranks(path, config, names)
     try:

@@ -2,11 +2,13 @@
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from engine.models.decoder import Decoder
-from engine.step.inputs import StepInputs
+from engine.step.inputs import NO_SOURCE, StepInputs, StepViews
 from engine.step.shapes import StepShape
+from kernels import ops
 
 
 class StepLogits(NamedTuple):
@@ -29,7 +31,34 @@ class DecodeStep:
     def compute(self, shape: StepShape) -> StepLogits:
         """Write the KV of the rows that `inputs` holds, and give the logits behind each."""
         views = self.inputs.views(shape)
+        return self._forward(views, views.token_ids)
+
+    def _forward(self, views: StepViews, token_ids: Tensor) -> StepLogits:
         hidden = self._module.forward(
-            views.token_ids, views.positions, self._kv_group, views.slots, views.attention()
+            token_ids, views.positions, self._kv_group, views.slots, views.attention()
         )
         return StepLogits(hidden, self._module.logits(hidden))
+
+
+class DrawingStep(DecodeStep):
+    """A step that also draws each row's token, and begins with tokens that the step before has drawn."""
+
+    def __init__(self, module: Decoder, kv_group: Tensor, inputs: StepInputs, *, max_num_rows: int) -> None:
+        super().__init__(module, kv_group, inputs)
+        self.drawn = torch.zeros(2, max_num_rows, dtype=torch.int64, device=kv_group.device)
+        """Of the newest step: each row's token id, or 0 if its logits were not finite; whether they were."""
+
+    def compute(self, shape: StepShape) -> StepLogits:
+        """See DecodeStep; then `drawn` is this step's."""
+        views = self.inputs.views(shape)
+        sources = views.sources
+        token_ids = self.drawn[0].index_select(0, sources.clamp(min=0))
+        step = self._forward(views, torch.where(sources == NO_SOURCE, views.token_ids, token_ids))
+        self._draw(views, step.logits)
+        return step
+
+    def _draw(self, views: StepViews, logits: Tensor) -> None:
+        token_ids = ops.draw(logits, views.truncation, views.seeds, views.positions + 1, views.choices)
+        finite = logits.amax(-1).isfinite()
+        self.drawn[0, : len(logits)] = token_ids * finite
+        self.drawn[1, : len(logits)] = finite

@@ -1,14 +1,16 @@
 """The captured steps that an engine's config asks for."""
 
 import logging
+from typing import NamedTuple
 
 import torch
 
 from engine.config import EngineConfig
 from engine.kv_cache import KvCache
 from engine.loader import LoadedModel
-from engine.step.decode_step import DecodeStep
-from engine.step.graphs import CudaGraphs, Recorder, StepGraphs
+from engine.step.decode_step import DecodeStep, DrawingStep
+from engine.step.flights import Flights
+from engine.step.graphs import CudaGraphs, Recorder, StepGraphs, Uncaptured
 from engine.step.inputs import StepInputs
 from engine.step.shapes import StepShapes, usual_sizes, widths
 from runtime.clock import SystemClock
@@ -19,34 +21,59 @@ MAX_DRAFT_TOKENS = 7
 """Of a captured step where the number of draft tokens is chosen step by step."""
 
 
-def make_graphs(config: EngineConfig, model: LoadedModel, kv_cache: KvCache) -> StepGraphs | None:
-    """Captured steps; None: all steps run kernel by kernel.
+class Steps(NamedTuple):
+    """Ways to run a decode step other than kernel by kernel."""
 
-    Other ranks are told every step what to compute, which no graph can do.
+    graphs: StepGraphs | None
+    """None: there are none."""
+    flights: Flights | None
+    """None: every step is waited for before the next one is scheduled."""
+
+
+def make_steps(config: EngineConfig, model: LoadedModel, kv_cache: KvCache) -> Steps:
+    """Captured steps on a GPU; overlap needs steps over fixed buffers on any device.
+
+    Other ranks are told every step what to compute, which no graph can do, so they have neither.
     """
     device = torch.device(config.device)
-    if config.cuda_graphs == "off" or device.type != "cuda" or model.ranks.shard.size > 1:
-        return None
+    is_captured = config.cuda_graphs == "auto" and device.type == "cuda"
+    if model.ranks.shard.size > 1 or not (is_captured or overlaps(config)):
+        return Steps(None, None)
+    if not is_captured:
+        return steps_with(Uncaptured(), config, model, kv_cache)
     clock = SystemClock()
     start = clock.now()
-    graphs = graphs_with(CudaGraphs(device), config, model, kv_cache)
-    logger.info("captured %d decode steps in %.1f s", len(list(graphs.shapes)), clock.now() - start)
-    return graphs
+    steps = steps_with(CudaGraphs(device), config, model, kv_cache)
+    logger.info("captured the decode steps in %.1f s", clock.now() - start)
+    return steps
 
 
-def graphs_with(
-    recorder: Recorder, config: EngineConfig, model: LoadedModel, kv_cache: KvCache
-) -> StepGraphs:
+def overlaps(config: EngineConfig) -> bool:
+    """Whether a step may start before the one before it has ended: not if it has drafts to propose first."""
+    if config.overlap == "off" or config.speculative != "off":
+        return False
+    return config.overlap == "on" or torch.device(config.device).type == "cuda"
+
+
+def steps_with(recorder: Recorder, config: EngineConfig, model: LoadedModel, kv_cache: KvCache) -> Steps:
     """All shapes of this engine, recorded."""
-    shapes = step_shapes(config)
+    shapes, module, kv_group = step_shapes(config), model.module, kv_cache.groups[0]
     inputs = StepInputs(
         max_num_seqs=shapes.max_num_seqs,
         max_num_rows=shapes.max_num_rows,
         max_model_len=model.facts.max_model_len,
         block_size=config.block_size,
-        device=torch.device(config.device),
+        device=kv_group.device,
     )
-    graphs = StepGraphs(DecodeStep(model.module, kv_cache.groups[0], inputs), shapes, recorder)
+    if not overlaps(config):
+        return Steps(_recorded(DecodeStep(module, kv_group, inputs), shapes, recorder), None)
+    step = DrawingStep(module, kv_group, inputs, max_num_rows=shapes.max_num_rows)
+    graphs = _recorded(step, shapes, recorder)
+    return Steps(graphs, Flights(graphs, step.drawn))
+
+
+def _recorded(step: DecodeStep, shapes: StepShapes, recorder: Recorder) -> StepGraphs:
+    graphs = StepGraphs(step, shapes, recorder)
     graphs.capture()
     return graphs
 

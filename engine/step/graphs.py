@@ -11,6 +11,7 @@ from typing import Protocol, TypeVar
 import torch
 
 from engine.batch import Span
+from engine.drawing import Draw
 from engine.step.decode_step import DecodeStep, StepLogits
 from engine.step.shapes import StepShape, StepShapes
 
@@ -78,7 +79,13 @@ class StepGraphs:
             self._inputs.fill(shape, [])
             self._replays[shape] = self._recorder.record(partial(self._step.compute, shape))
 
-    def run(self, shape: StepShape, spans: Sequence[Span]) -> StepLogits:
-        """Start a step; its results are on their way when this returns."""
-        self._inputs.fill(shape, spans)
+    def run(
+        self,
+        shape: StepShape,
+        spans: Sequence[Span],
+        draws: Sequence[Draw] = (),
+        sources: Sequence[int] = (),
+    ) -> StepLogits:
+        """Start a step over what `StepInputs.fill` takes; its results are on their way when this returns."""
+        self._inputs.fill(shape, spans, draws, sources)
         return self._replays[shape]()

@@ -2,6 +2,8 @@
 
 A batch is padded to its shape: rows behind its own have no slot and belong to no request; requests behind its
 own have no context and no rows. So padding reads nothing and writes nowhere.
+
+A token that the step before has drawn need not be known on the host: its row names the row that drew it.
 """
 
 from collections.abc import Sequence
@@ -13,12 +15,20 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from engine.batch import Span
+from engine.drawing import Draw
 from engine.step.buffers import Layout, StagedBuffers
 from engine.step.shapes import StepShape
 from kernels.buffered_batch import BufferedBatch
 from kernels.paged_batch import PagedBatch
+from kernels.truncation import Truncation
 
 NO_SLOT = -1
+NO_SOURCE = -1
+
+
+INTEGERS = ("token_ids", "positions", "slots", "sources", "seeds", "choices")
+FLOATS = ("temperatures", "top_ps", "min_ps")
+"""Names of the buffers with one number for each row."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,6 +41,13 @@ class StepViews:
     """int64 [num_rows]."""
     slots: Tensor
     """int64 [num_rows]; NO_SLOT: padding."""
+    sources: Tensor
+    """int64 [num_rows]: the row of the step before that drew this row's token, or NO_SOURCE."""
+    seeds: Tensor
+    """int64 [num_rows]; of padding, like all that follows of the draw, anything."""
+    choices: Tensor
+    """int64 [num_rows]."""
+    truncation: Truncation
     buffers: PagedBatch
     block_size: int
 
@@ -53,8 +70,11 @@ class StepInputs:
     ) -> None:
         self._max_model_len = max_model_len
         self._block_size = block_size
+        rows = (max_num_rows,)
         layout: Layout = {
-            **dict.fromkeys(("token_ids", "positions", "slots"), (torch.int64, (max_num_rows,))),
+            **dict.fromkeys(INTEGERS, (torch.int64, rows)),
+            **dict.fromkeys(FLOATS, (torch.float32, rows)),
+            "top_ks": (torch.int32, rows),
             "cu_query_lens": (torch.int32, (max_num_seqs + 1,)),
             "context_lens": (torch.int32, (max_num_seqs,)),
             "block_tables": (torch.int32, (max_num_seqs, -(-max_model_len // block_size))),
@@ -71,16 +91,39 @@ class StepInputs:
             max_query_len=shape.width,
             max_context_len=self._max_model_len,
         )
+        rows = {name: tensor[: shape.num_rows] for name, tensor in device.items()}
         return StepViews(
-            token_ids=device["token_ids"][: shape.num_rows],
-            positions=device["positions"][: shape.num_rows],
-            slots=device["slots"][: shape.num_rows],
+            **{name: rows[name] for name in INTEGERS},
+            truncation=Truncation(rows["temperatures"], rows["top_ks"], rows["top_ps"], rows["min_ps"]),
             buffers=buffers,
             block_size=self._block_size,
         )
 
-    def fill(self, shape: StepShape, spans: Sequence[Span]) -> None:
-        """Write a batch, packed as `engine.batch.pack` packs it, and its padding; no spans: padding alone."""
+    def fill(
+        self,
+        shape: StepShape,
+        spans: Sequence[Span],
+        draws: Sequence[Draw] = (),
+        sources: Sequence[int] = (),
+    ) -> None:
+        """Write a batch, packed as `engine.batch.pack` packs it, and its padding; no spans: padding alone.
+
+        draws: of each row, if the step draws the tokens behind the spans; sources: of each row, by default
+        none.
+        """
+        self._fill_draws(draws)
+        _write(self._buffers.host["sources"], sources, shape.num_rows, NO_SOURCE)
+        self._fill_batch(shape, spans)
+        self._buffers.send("block_tables", len(spans))
+
+    def _fill_draws(self, draws: Sequence[Draw]) -> None:
+        host = self._buffers.host
+        for row, draw in enumerate(draws):
+            host["seeds"][row], _, host["choices"][row], host["top_ks"][row] = draw.integers
+            for name, value in zip(FLOATS, draw.floats, strict=True):
+                host[name][row] = value
+
+    def _fill_batch(self, shape: StepShape, spans: Sequence[Span]) -> None:
         host = self._buffers.host
         token_ids: list[int] = []
         positions: list[int] = []
@@ -97,7 +140,6 @@ class StepInputs:
         _write(host["slots"], self._slots(spans), shape.num_rows, NO_SLOT)
         _write(host["cu_query_lens"], ends, shape.num_seqs + 1, ends[-1])
         _write(host["context_lens"], context_lens, shape.num_seqs, 0)
-        self._buffers.send("block_tables", len(spans))
 
     def _slots(self, spans: Sequence[Span]) -> list[int]:
         size = self._block_size

@@ -2,14 +2,17 @@
 
 import random
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 import torch
 
 from engine.batch import Span, pack
 from engine.config import EngineConfig
-from engine.step.decode_step import DecodeStep
-from engine.step.factory import graphs_with, step_shapes
+from engine.drawing import Draw, draw_warped
+from engine.request import SamplingParams
+from engine.step.decode_step import DecodeStep, DrawingStep
+from engine.step.factory import step_shapes, steps_with
 from engine.step.graphs import StepGraphs, Uncaptured
 from engine.step.inputs import StepInputs
 from engine.step.shapes import MAX_STEP_ROWS, StepShape, StepShapes, usual_sizes, widths
@@ -43,15 +46,18 @@ def poisoned_pool(spans, seed):
     return pool
 
 
-def graphs_over(module, pool, recorder, shapes, max_model_len=MAX_LEN):
-    inputs = StepInputs(
+def inputs_for(shapes, max_model_len=MAX_LEN):
+    return StepInputs(
         max_num_seqs=shapes.max_num_seqs,
         max_num_rows=shapes.max_num_rows,
         max_model_len=max_model_len,
         block_size=BLOCK_SIZE,
         device=torch.device("cpu"),
     )
-    graphs = StepGraphs(DecodeStep(module, pool, inputs), shapes, recorder)
+
+
+def graphs_over(module, pool, recorder, shapes, max_model_len=MAX_LEN):
+    graphs = StepGraphs(DecodeStep(module, pool, inputs_for(shapes, max_model_len)), shapes, recorder)
     graphs.capture()
     return graphs
 
@@ -116,6 +122,30 @@ def test_a_replay_follows_the_buffers_alone(tiny_model, width):
         torch.testing.assert_close(pool, before, equal_nan=True, atol=2e-5, rtol=2e-5)
 
 
+def test_drawn_tokens_go_from_replay_to_replay_without_the_host(tiny_model):
+    shapes, rng = StepShapes([4], [1]), random.Random(3)
+    step = DrawingStep(tiny_model.module, poisoned_pool([], 0), inputs_for(shapes), max_num_rows=4)
+    with operators_of_a_gpu():
+        graphs = StepGraphs(step, shapes, Tape())
+        graphs.capture()
+    spans = random_spans(rng, 3, 1, rng.sample(range(60), 60))
+    spans = [replace(span, table=[*span.table, 60 + row]) for row, span in enumerate(spans)]
+    pool = poisoned_pool(spans, 0)
+    step._kv_group.copy_(pool)
+    params = [SamplingParams(max_tokens=9, seed=row, temperature=row / 2, top_k=9) for row in range(3)]
+    for sources in ([], [2, 0, 1]):
+        draws = [Draw(params[row], span.start + 1, row) for row, span in enumerate(spans)]
+        with torch.inference_mode():
+            graphs.run(StepShape(4, 1), [replace(span, token_ids=[0]) if sources else span for span in spans],
+                       draws, sources)  # fmt: skip
+        expected = draw_warped(eagerly(tiny_model, pool, spans)[1][:3], draws).tolist()
+        assert step.drawn[:, :3].tolist() == [expected, [1, 1, 1]]
+        spans = [
+            replace(spans[row], start=spans[row].start + 1, token_ids=[expected[row]]) for row in (2, 0, 1)
+        ]
+        params = [params[row] for row in (2, 0, 1)]
+
+
 @pytest.mark.parametrize("width", [1, 4])
 def test_a_layer_is_at_most_ten_kernels(tiny_model, drafted_model, width):
     """Of two layers and of one, so that what comes once a step cancels out; with contexts that are split."""
@@ -135,7 +165,7 @@ def test_a_layer_is_at_most_ten_kernels(tiny_model, drafted_model, width):
 def with_graphs(engine):
     """The engine with its decode steps recorded."""
     reruns = Reruns()
-    engine._runner._graphs = graphs_with(reruns, engine.config, engine.model, engine.kv_cache)
+    engine._runner._graphs, _ = steps_with(reruns, engine.config, engine.model, engine.kv_cache)
     return engine, reruns
 
 
