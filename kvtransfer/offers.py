@@ -15,7 +15,7 @@ from kvtransfer.transports.segment import AVAILABLE, Segment, SegmentRefused
 from runtime.errors import StartupError
 
 ON_HOSTS = ("shm", "gloo")
-ON_GPUS: tuple[str, ...] = ()
+ON_GPUS = ("cuda_ipc", "nccl")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,7 +11,7 @@ from runtime.config import Settings
 
 Port = Annotated[int, Field(ge=0, le=65535)]
 Count = Annotated[int, Field(ge=1)]
-Transport = Literal["auto", "gloo", "shm"]
+Transport = Literal["auto", "gloo", "shm", "nccl", "cuda_ipc"]
 Secret = Annotated[str | None, Field(repr=False)]
 """Shown nowhere and on no command line of ours; TANDEM_<NAME>_FILE names a file that holds it."""
 
@@ -125,7 +125,7 @@ class WorkerSettings(EngineSettings):
     devices: str = ""
     """GPUs of this worker, one for each of these processes, for example 0,1; empty: the CPU."""
     transport: Transport = "auto"
-    """How KV slabs move; auto: the best that both ends have. shm needs one host."""
+    """How KV slabs move; auto: the best that both ends have. nccl and cuda_ipc need GPUs, shm one host."""
     kv_interface_host: str | None = None
     """Address that the KV data sockets bind to; unset: the advertised one if that is auto, else --host."""
 

@@ -8,10 +8,12 @@ import torch
 
 from engine.engine import Engine
 from kvtransfer.messages import Welcome
-from kvtransfer.offers import Transports
+from kvtransfer.offers import Transports, gpu_id
 from kvtransfer.transport import NUM_SENDER_SLABS, Transport, make_slabs
+from kvtransfer.transports.cuda_ipc import CudaSharing
 from kvtransfer.transports.gloo import GlooTransport
 from kvtransfer.transports.mapped import MappedTransport
+from kvtransfer.transports.nccl import NcclTransport
 from kvtransfer.transports.shm import HostSharing
 from runtime import faultpoints
 from runtime.errors import Mismatch
@@ -85,4 +87,21 @@ def _open_shm(opening: Opening) -> Transport:
     )
 
 
-OPENERS: dict[str, Callable[[Opening], Transport]] = {"gloo": _open_gloo, "shm": _open_shm}
+def _open_cuda_ipc(opening: Opening) -> Transport:
+    sharing = CudaSharing(opening.device)
+    return MappedTransport.open(
+        opening.rank, opening.exchange, sharing, opening.welcome.num_slabs, opening.slab_bytes
+    )
+
+
+def _open_nccl(opening: Opening) -> Transport:
+    slabs = make_slabs(opening.num_own_slabs, opening.slab_bytes, opening.device)
+    return NcclTransport.open(opening.rank, opening.exchange, slabs, gpu_id(opening.device))
+
+
+OPENERS: dict[str, Callable[[Opening], Transport]] = {
+    "gloo": _open_gloo,
+    "shm": _open_shm,
+    "cuda_ipc": _open_cuda_ipc,
+    "nccl": _open_nccl,
+}

@@ -14,6 +14,7 @@ from typing import Protocol
 from torch import Tensor
 
 from kvtransfer.errors import TransportBroken
+from kvtransfer.transports.polling import Poll
 from runtime.limits import LINK_TIMEOUT_S
 
 OPENED = b"opened"
@@ -25,11 +26,11 @@ class Memory(Protocol):
     slabs: Sequence[Tensor]
 
     def written(self, slab: int) -> None:
-        """Sender, before the header: whatever `await_written` allows comes behind what writes this slab."""
+        """Sender, before the header: all that writes this slab has been queued."""
         ...
 
-    def await_written(self, slab: int, timeout_s: float) -> None:
-        """Receiver, who has the header: the slab's bytes can be read. Raises TransportBroken."""
+    def readable(self, slab: int) -> bool:
+        """Receiver, behind the header: whether what was queued then has been done."""
         ...
 
 
@@ -61,13 +62,12 @@ class Sharing(Protocol):
 class MappedTransport:
     """One end; see Transport."""
 
-    def __init__(self, memory: Memory, timeout_s: float) -> None:
+    def __init__(self, memory: Memory, poll: Poll) -> None:
         self.slabs = memory.slabs
         self._memory = memory
-        self._timeout_s = timeout_s
+        self._poll = poll
         # Frames sent, or received, by the one thread that does so.
         self._num_frames = 0
-        self._closed = False
 
     @classmethod
     def open(
@@ -88,7 +88,7 @@ class MappedTransport:
             memory: Memory = _export(exchange, sharing.export(num_slabs, slab_bytes))
         else:
             memory = _open(exchange, lambda address: sharing.open(address, num_slabs, slab_bytes))
-        return cls(memory, timeout_s)
+        return cls(memory, Poll(timeout_s))
 
     def watch(self, broken: Callable[[str], None]) -> None:
         """See Transport: there is nothing to watch, the control stream is what notices the peer's end."""
@@ -100,15 +100,15 @@ class MappedTransport:
 
     def recv(self, view: Tensor) -> None:
         """See Transport."""
-        self._memory.await_written(self._next_slab(view), self._timeout_s)
+        slab = self._next_slab(view)
+        self._poll.until(lambda: self._memory.readable(slab))
 
     def close(self) -> None:
-        """See Transport: nothing here blocks for longer than its timeout."""
-        self._closed = True
+        """See Transport: at the peer, the control stream's end does the same."""
+        self._poll.close()
 
     def _next_slab(self, view: Tensor) -> int:
-        if self._closed:
-            raise TransportBroken("closed")
+        self._poll.require_open()
         number = self._num_frames % len(self.slabs)
         assert view.data_ptr() == self.slabs[number].data_ptr(), "frames take the slabs in turn"
         self._num_frames += 1

@@ -5,8 +5,11 @@ import threading
 
 import torch
 
+from kvtransfer.offers import gpu_id
+from kvtransfer.transports.cuda_ipc import CudaSharing
 from kvtransfer.transports.gloo import GlooTransport
 from kvtransfer.transports.mapped import MappedTransport
+from kvtransfer.transports.nccl import NcclTransport
 from kvtransfer.transports.shm import HostSharing
 from tests.integration.kv_services import SLAB_BYTES, WELCOME, SenderService, slabs_of
 
@@ -32,7 +35,18 @@ def open_shm(rank, exchange, timeout_s):
     return MappedTransport.open(rank, exchange, sharing, WELCOME.num_slabs, SLAB_BYTES, timeout_s=timeout_s)
 
 
-OPENERS = {"gloo": open_gloo, "shm": open_shm}
+def open_cuda_ipc(rank, exchange, timeout_s):
+    sharing = CudaSharing(GPU)
+    return MappedTransport.open(rank, exchange, sharing, WELCOME.num_slabs, SLAB_BYTES, timeout_s=timeout_s)
+
+
+def open_nccl(rank, exchange, timeout_s):
+    slabs = [slab.to(GPU) for slab in slabs_of(rank)]
+    return NcclTransport.open(rank, exchange, slabs, gpu_id(GPU), timeout_s=timeout_s)
+
+
+OPENERS = {"gloo": open_gloo, "shm": open_shm, "cuda_ipc": open_cuda_ipc, "nccl": open_nccl}
+GPU = torch.device("cuda", 0)
 
 
 def run_sender(pipe, timeout_s, transport_name="gloo"):
@@ -60,7 +74,7 @@ def run_sender(pipe, timeout_s, transport_name="gloo"):
         elif kind == "transfer":
             service.transfer(*value)
         elif kind == "pool":
-            post(service.pool)
+            post(service.pool.cpu())
 
 
 def send_one_large_message(pipe, num_bytes):

@@ -84,7 +84,7 @@ class SenderService:
     """A prefill worker's part; `post` puts messages on the way to the receiver."""
 
     def __init__(self, transport, post, num_blocks=64):
-        self.pool = make_pool(num_blocks)
+        self.pool = make_pool(num_blocks).to(transport.slabs[0].device)
         self.tables = {}
         self.events = Events()
         self.pump = SenderPump(
@@ -120,7 +120,7 @@ class ReceiverService:
     """A decode worker's part, with its engine thread."""
 
     def __init__(self, transport, post, num_blocks=64, slow_s=0.0):
-        self.pool = make_pool(num_blocks, fill=-1.0)
+        self.pool = make_pool(num_blocks, fill=-1.0).to(transport.slabs[0].device)
         self.tables = {}
         self.events = Events()
         self.slow_s = slow_s

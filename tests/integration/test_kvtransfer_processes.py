@@ -153,17 +153,21 @@ def mapped_segments():
     return Path("/proc/self/maps").read_text().count("memfd:tandem-kv")
 
 
-def test_shared_memory_carries_equal_blocks_and_is_gone_with_its_writer(spawn):
-    (peer,) = spawn((kv_peer.run_sender, 3.0, "shm"))
+ON_GPUS = [pytest.param(name, marks=pytest.mark.gpu) for name in ("cuda_ipc", "nccl")]
+
+
+@pytest.mark.parametrize("kind", ["shm", *ON_GPUS])
+def test_equal_blocks_arrive_and_nothing_is_left_of_a_killed_sender(spawn, kind):
+    (peer,) = spawn((kv_peer.run_sender, 3.0, kind))
     before = mapped_segments(), set(os.listdir("/dev/shm"))
-    receiver = peer.open(3.0, "shm")
+    receiver = peer.open(3.0, kind)
     peer.serve(receiver)
     source, target = [5, 3, 60, 0, 17, 9], [1, 2, 63, 40, 41, 7]
     peer.transfer(receiver, b"a", source, target)
     receiver.events.wait(lambda e: e.ids(TransferCommitted) == [b"a"])
     peer.pipe.send(("pool", None))
     wait_for(lambda: peer.pool is not None)
-    assert torch.equal(peer.pool[:, :, source], receiver.pool[:, :, target])
+    assert torch.equal(peer.pool[:, :, source], receiver.pool[:, :, target].cpu())
     assert set(os.listdir("/dev/shm")) == before[1]
 
     # Killed at any moment of a transfer: it fails, or was complete; nothing in between, nothing left.
@@ -181,7 +185,7 @@ def test_shared_memory_carries_equal_blocks_and_is_gone_with_its_writer(spawn):
     assert mapped_segments() == before[0]
 
 
-@pytest.mark.parametrize("kind", ["gloo", "shm"])
+@pytest.mark.parametrize("kind", ["gloo", "shm", *ON_GPUS])
 def test_a_killed_idle_peer_is_noticed_and_another_link_works(spawn, kind):
     first, second = spawn((kv_peer.run_sender, 3.0, kind), (kv_peer.run_sender, 3.0, kind))
     receiver = first.open(3.0, kind)
