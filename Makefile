@@ -7,6 +7,9 @@
 # make bench-policies   scheduling policies on recorded traces, simulated
 # make kernels-aot   compile every Triton kernel, no GPU needed
 # make chaos   real processes under random faults (ARGS="--seconds 300 --seed 7")
+# make kill-score   8 clients, 100 requests each, one kill
+# make seeded-bugs   bugs put in on purpose, and the tests that find them
+# make bench-detection   how long until a dead or hung worker is known
 # make model   the transfer protocol, checked by Spin
 # make check   style, types, layers, sizes, wire format
 
@@ -20,7 +23,7 @@ TEST_ENV := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive GOMP_SPINCOUNT=0
 SOURCES := protos gateway prefill_svc decode_svc worker engine kvtransfer kernels runtime tandem
 ALL := $(SOURCES) compose tests tools $(wildcard benchmarks)
 
-.PHONY: serve test test-optimized test-long chaos model check protos dashboards kernels-aot bench bench-split bench-cpu bench-policies bench-speculation bench-tracing bench-gateway clean
+.PHONY: serve test test-optimized test-long chaos kill-score seeded-bugs model check protos dashboards kernels-aot bench bench-split bench-cpu bench-policies bench-speculation bench-tracing bench-gateway bench-detection clean
 
 serve: $(VENV)/.installed
 	@exec $(BIN)/tandem up $(ARGS)
@@ -37,6 +40,13 @@ test-long: $(VENV)/.installed-dev
 
 chaos: $(VENV)/.installed-dev
 	$(TEST_ENV) $(BIN)/python -m tests.faults.soak $(ARGS)
+
+# Results go to benchmarks/results/kill_score.md.
+kill-score: $(VENV)/.installed-dev
+	$(TEST_ENV) $(BIN)/python -m tests.faults.kill_score $(ARGS)
+
+seeded-bugs: $(VENV)/.installed-dev
+	$(TEST_ENV) $(BIN)/python -m tests.faults.seeded_bugs $(ARGS)
 
 # Installs nothing, and says so when spin is missing.
 model:
@@ -80,6 +90,10 @@ bench-policies: $(VENV)/.installed
 # Results go to benchmarks/results/gateway.json and gateway.md.
 bench-gateway: $(VENV)/.installed-dev
 	$(TEST_ENV) $(BIN)/python -m benchmarks.gateway $(ARGS)
+
+# Results go to benchmarks/results/detection.json and detection.md.
+bench-detection: $(VENV)/.installed-dev
+	$(TEST_ENV) $(BIN)/python -m benchmarks.detection $(ARGS)
 
 # CPU-seconds of all processes with every request traced, and without.
 bench-tracing: $(VENV)/.installed-dev

@@ -172,6 +172,7 @@ class Gateway:
     def state(self) -> dict[str, Any]:
         """Live counts for /debug/state; blocks, transfers and links live on the workers."""
         return {
+            "id": self.fleet.gateway_id,
             "requests": self.flow.num_live,
             "requests_running": self.flow.num_running,
             "requests_waiting": self.flow.num_waiting,

@@ -155,6 +155,11 @@ class AttachHub:
         """Attempts of all gateways."""
         return sum(len(attachment.live) for attachment in self._attachments.values())
 
+    @property
+    def gateways(self) -> dict[str, int]:
+        """Attempts by gateway that is attached."""
+        return {each.gateway_id: len(each.live) for each in self._attachments.values()}
+
     def publish(self, updates: Iterable[TokenUpdate]) -> None:
         """Send updates to the gateways that wait for them; those of ended attempts are dropped."""
         for update in updates:

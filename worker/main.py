@@ -303,6 +303,7 @@ class Worker:
             "requests_running": load.requests_running,
             "requests_waiting": load.requests_waiting,
             "attempts": self._bridge.hub.num_live,
+            "gateways": self._bridge.hub.gateways,
             "transfers": load.transfers,
             "links": len(links),
             "transports": links,

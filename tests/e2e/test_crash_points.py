@@ -25,7 +25,7 @@ POINTS = (
     "decode.committed",
     "decode.step",
 )
-QUICK = {"prefill.commit", "decode.committed"}
+QUICK = {"prefill.commit"}
 
 
 def bystander(up: Up, want: list[int], wrong: list[str]) -> threading.Thread:

@@ -5,7 +5,9 @@ gateway through another proxy. A prefill worker calls a decode worker at the sam
 a fault can name the process whose connections it is for. Frames of gloo go past the proxies.
 """
 
+import contextlib
 import os
+import random
 import re
 import socket
 import subprocess
@@ -26,6 +28,9 @@ from tests.faults.proxy import Proxy
 
 START_TIMEOUT_S = 90.0
 MODULES = {"gateway": "gateway", "prefill": "prefill_svc", "decode": "decode_svc"}
+PORTS = (20_000, 32_000)
+"""Below those that Linux gives to outgoing connections."""
+
 LISTENING = re.compile(r"listening http=(\S+) grpc=(\S+) internal=(\S+)")
 
 
@@ -95,6 +100,16 @@ class Fleet:
         for gateway in self.urls:
             eventually(lambda gateway=gateway: self.is_whole(gateway), START_TIMEOUT_S, "all workers")
 
+    def restart(self, name: str) -> None:
+        """Put another process in the place of a dead worker, and wait until it serves."""
+        member = self.members.pop(name)
+        member.process.wait(10)
+        for proxy in member.proxies:
+            proxy.close()
+        role, number = name.split("-")
+        self._start_worker(role, int(number))
+        eventually(self.is_whole, START_TIMEOUT_S, f"{name} again")
+
     def _start_worker(self, role: str, number: int) -> None:
         host, port = f"127.0.{1 if role == 'prefill' else 2}.{number + 1}", _free_port()
         beats = [Proxy(_address(internal)) for internal in self._internal]
@@ -133,7 +148,10 @@ class Fleet:
         return {worker["id"]: worker["state"] for worker in self.state(gateway)["workers"]}
 
     def is_whole(self, gateway: str = "gateway-0") -> bool:
-        """Whether a gateway has every worker."""
+        """Whether a gateway has every worker. A process that has ended by itself is an error."""
+        for member in self.members.values():
+            code = member.process.poll()
+            assert code is None or code < 0, f"{member.name} ended with {code}\n{member.log.read_text()}"
         states = list(self.worker_states(gateway).values())
         return states == ["ready"] * (self._num_roles["prefill"] + self._num_roles["decode"])
 
@@ -142,6 +160,15 @@ class Fleet:
         listed = next(worker for worker in self.state(gateway)["workers"] if worker["id"] == name)
         port = listed["http"].rsplit(":", 1)[1]
         return self.client.get(f"http://127.0.0.1:{port}/debug/state").json()
+
+    def gateway_id(self, gateway: str) -> str:
+        """Under which workers know it."""
+        return str(self.state(gateway)["id"])
+
+    def attached(self, gateway_id: str, gateway: str) -> list[str]:
+        """Workers to which a gateway's stream is open, found through another gateway."""
+        ready = [name for name, state in self.worker_states(gateway).items() if state == "ready"]
+        return [name for name in ready if gateway_id in self.worker(name, gateway)["gateways"]]
 
     def held(self, gateway: str = "gateway-0") -> dict[str, int]:
         """What is held for requests anywhere."""
@@ -177,6 +204,8 @@ def _address(text: str) -> tuple[str, int]:
 
 
 def _free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        port: int = server.getsockname()[1]
-        return port
+    """One that no connection of somebody else is given by chance before we use it."""
+    while True:
+        port = random.randrange(*PORTS)
+        with contextlib.suppress(OSError), socket.create_server(("127.0.0.1", port)):
+            return port

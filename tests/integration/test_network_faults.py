@@ -97,7 +97,7 @@ async def test_only_the_attach_stream_is_cut() -> None:
             await made.until(lambda: worker_id not in made.ready(), DETECTED_S)
 
 
-@pytest.mark.parametrize("fault", ["reset", "half_close"])
+@pytest.mark.parametrize("fault", ["reset", pytest.param("half_close", marks=pytest.mark.long)])
 async def test_a_cut_connection_moves_the_stream_at_once(fault: str) -> None:
     async with fronted() as (made, proxies, client):
         async with streaming(made, client) as worker_id:
@@ -107,7 +107,13 @@ async def test_a_cut_connection_moves_the_stream_at_once(fault: str) -> None:
         await made.until(lambda: worker_id in made.ready(), 10)
 
 
-@pytest.mark.parametrize("weather", [{"delay_s": 0.2}, {"bytes_per_s": 20_000}], ids=["delay", "throttle"])
+@pytest.mark.parametrize(
+    "weather",
+    [
+        pytest.param({"delay_s": 0.2}, id="delay"),
+        pytest.param({"bytes_per_s": 20_000}, marks=pytest.mark.long, id="throttle"),
+    ],
+)
 async def test_a_slow_network_is_no_death(weather: dict[str, float]) -> None:
     async with fronted() as (made, proxies, client):
         for pair in proxies.values():
