@@ -4,6 +4,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+import torch
+
 from engine.policy import PolicyName
 from engine.preemption import PreemptionChoice
 
@@ -24,8 +26,10 @@ class EngineConfig:
     """Token slots of a block."""
     num_blocks: int | None = None
     """Blocks of the pool; None: as many as fit into `kv_cache_memory_bytes`."""
-    kv_cache_memory_bytes: int = 1 << 30
-    """Memory of the KV pool, all groups together."""
+    kv_cache_memory_bytes: int | None = None
+    """Memory of the KV pool, all groups and ranks together; None: 1 GiB on a CPU, on a GPU what is free."""
+    gpu_memory_utilization: float = 0.9
+    """Of a GPU's memory that is free beside weights and steps, the share that the KV pool gets."""
     max_model_len: int | None = None
     """Most tokens of a sequence, prompt and output; None: what the checkpoint allows."""
     max_num_seqs: int = 256
@@ -61,13 +65,15 @@ class EngineConfig:
     """A torch device, for example "cpu" or "cuda:0"."""
 
     def __post_init__(self) -> None:
-        for field in ("block_size", "kv_cache_memory_bytes", "max_num_seqs", "max_num_batched_tokens"):
+        for field in ("block_size", "max_num_seqs", "max_num_batched_tokens"):
             if getattr(self, field) < 1:
                 raise ValueError(f"{field} must be at least 1, got {getattr(self, field)}")
-        for field in ("num_blocks", "max_model_len"):
+        for field in ("num_blocks", "kv_cache_memory_bytes", "max_model_len"):
             value = getattr(self, field)
             if value is not None and value < 1:
                 raise ValueError(f"{field} must be at least 1 or unset, got {value}")
+        if not 0 < self.gpu_memory_utilization <= 1:
+            raise ValueError(f"gpu_memory_utilization must be in (0, 1], got {self.gpu_memory_utilization}")
         if self.swap_space_bytes < 0:
             raise ValueError(f"swap_space_bytes must be at least 0, got {self.swap_space_bytes}")
         if self.num_draft_tokens is not None and not 0 <= self.num_draft_tokens <= MAX_DRAFT_TOKENS:
@@ -80,3 +86,13 @@ class EngineConfig:
             raise ValueError("speculative draft and a draft_model go together")
         if self.dtype not in ("auto", "float32", "bfloat16", "float16"):
             raise ValueError(f"dtype must be auto, float32, bfloat16 or float16, got {self.dtype!r}")
+
+
+def usual_batched_tokens(device: str) -> int:
+    """Tokens of a step unless the operator names a number.
+
+    More than 512 do not compute faster on a CPU, they only let others wait. A GPU needs some 200 to be busy
+    with a step; 2048 are far above that, stop decoding requests for tens of milliseconds, not hundreds, and
+    leave a quarter of what 8192 would for the end of a KV transfer that nothing hides.
+    """
+    return 512 if torch.device(device).type == "cpu" else 2048

@@ -11,6 +11,7 @@ from engine.beams import Beams, check_room, prepare
 from engine.config import EngineConfig
 from engine.kv_cache import KvCache
 from engine.loader import LoadedModel
+from engine.memory import with_kv_memory
 from engine.outputs import EngineLoad as EngineLoad
 from engine.outputs import PrefixCacheStats, judge
 from engine.outputs import StepOutput as StepOutput
@@ -31,7 +32,7 @@ class Engine:
     """Token ids in, token ids out, a step at a time."""
 
     def __init__(self, config: EngineConfig, model: LoadedModel) -> None:
-        self.config = config
+        self.config = config = with_kv_memory(config, model)
         self.model = model
         self.facts = model.facts
         self.kv_cache = KvCache(config, model.facts, model.ranks)

@@ -12,6 +12,9 @@ from engine.parallel.shard import WHOLE, Shard
 from engine.swap_space import SwapSpace
 from runtime.errors import StartupError
 
+CPU_POOL_BYTES = 1 << 30
+"""Memory of a pool on a CPU whose size nobody names."""
+
 
 class KvCache:
     """Memory for keys and values; nobody but the engine's thread writes into it."""
@@ -53,7 +56,7 @@ def bytes_per_block(config: EngineConfig, facts: ModelFacts, shard: Shard = WHOL
 def pool_size(config: EngineConfig, facts: ModelFacts, shard: Shard = WHOLE) -> int:
     """Blocks of the pool; StartupError if it does not hold one request of the model's longest length."""
     block_bytes = bytes_per_block(config, facts, shard)
-    num_blocks = config.num_blocks or config.kv_cache_memory_bytes // block_bytes
+    num_blocks = config.num_blocks or (config.kv_cache_memory_bytes or CPU_POOL_BYTES) // block_bytes
     needed = -(-facts.max_model_len // config.block_size)
     if num_blocks < needed:
         raise StartupError(

@@ -77,12 +77,14 @@ class EngineSettings(ProcessSettings):
     """Longest prompt plus output in tokens; unset: the checkpoint's."""
     block_size: Annotated[int, Field(ge=1, le=256)] = 16
     """Tokens in a KV block."""
-    kv_cache_memory: str = "1GiB"
-    """Memory of the KV pool of one worker, for example 512MiB or 8GiB."""
+    kv_cache_memory: str = "auto"
+    """Memory of one worker's KV pool, for example 8GiB; auto: 1GiB on a CPU, on a GPU what is free."""
+    gpu_memory_utilization: Annotated[float, Field(gt=0, le=1)] = 0.9
+    """Of a GPU's memory that is free beside weights and steps, the share of a KV pool that is auto."""
     max_num_seqs: Count = 256
     """Most requests in one step."""
-    max_num_batched_tokens: Count = 512
-    """Most tokens in one step; longer prompts are computed in chunks."""
+    max_num_batched_tokens: Literal["auto"] | Count = "auto"
+    """Most tokens in one step, longer prompts are computed in chunks; auto: 512 on a CPU, 2048 on a GPU."""
     prefix_cache: bool = True
     """Keep KV blocks after their requests and share them among requests that start alike."""
     scheduling_policy: Literal["fcfs", "priority", "mlfq"] = "fcfs"

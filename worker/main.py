@@ -19,7 +19,7 @@ import grpc.aio
 import torch
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
-from engine.config import EngineConfig
+from engine.config import EngineConfig, usual_batched_tokens
 from engine.engine import Engine
 from engine.loader import load_model
 from engine.parallel.start import start_ranks
@@ -113,9 +113,10 @@ def _load_engine(settings: WorkerSettings) -> tuple[Engine, str]:
         dtype=settings.dtype,
         max_model_len=settings.max_model_len,
         block_size=settings.block_size,
-        kv_cache_memory_bytes=parse_bytes(settings.kv_cache_memory, "--kv-cache-memory"),
+        kv_cache_memory_bytes=_kv_cache_memory(settings),
+        gpu_memory_utilization=settings.gpu_memory_utilization,
         max_num_seqs=settings.max_num_seqs,
-        max_num_batched_tokens=settings.max_num_batched_tokens,
+        max_num_batched_tokens=_batched_tokens(settings, names[0]),
         prefix_cache=settings.prefix_cache,
         scheduling_policy=settings.scheduling_policy,
         preemption_mode=settings.preemption_mode,
@@ -135,6 +136,16 @@ def _load_engine(settings: WorkerSettings) -> tuple[Engine, str]:
         ranks.close()
         raise
     return engine, file_hash(path / "tokenizer.json")
+
+
+def _kv_cache_memory(settings: WorkerSettings) -> int | None:
+    size = settings.kv_cache_memory
+    return None if size == "auto" else parse_bytes(size, "--kv-cache-memory")
+
+
+def _batched_tokens(settings: WorkerSettings, device: str) -> int:
+    asked = settings.max_num_batched_tokens
+    return usual_batched_tokens(device) if asked == "auto" else asked
 
 
 class _Progress:

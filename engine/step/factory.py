@@ -8,6 +8,7 @@ import torch
 from engine.config import EngineConfig
 from engine.kv_cache import KvCache
 from engine.loader import LoadedModel
+from engine.parallel.ranks import Ranks
 from engine.step.decode_step import DecodeStep, DrawingStep
 from engine.step.flights import Flights
 from engine.step.graphs import CudaGraphs, Recorder, StepGraphs, Uncaptured
@@ -36,16 +37,20 @@ def make_steps(config: EngineConfig, model: LoadedModel, kv_cache: KvCache) -> S
     Other ranks are told every step what to compute, which no graph can do, so they have neither.
     """
     device = torch.device(config.device)
-    is_captured = config.cuda_graphs == "auto" and device.type == "cuda"
-    if model.ranks.shard.size > 1 or not (is_captured or overlaps(config)):
-        return Steps(None, None)
-    if not is_captured:
-        return steps_with(Uncaptured(), config, model, kv_cache)
+    if not captures(config, model.ranks):
+        has_steps = overlaps(config) and model.ranks.shard.size == 1
+        return steps_with(Uncaptured(), config, model, kv_cache) if has_steps else Steps(None, None)
     clock = SystemClock()
     start = clock.now()
     steps = steps_with(CudaGraphs(device), config, model, kv_cache)
     logger.info("captured the decode steps in %.1f s", clock.now() - start)
     return steps
+
+
+def captures(config: EngineConfig, ranks: Ranks) -> bool:
+    """Whether decode steps are captured."""
+    on_gpu = torch.device(config.device).type == "cuda"
+    return config.cuda_graphs == "auto" and on_gpu and ranks.shard.size == 1
 
 
 def overlaps(config: EngineConfig) -> bool:

@@ -218,13 +218,13 @@ def test_drafts_have_shapes_up_to_the_kernels_limit():
 
 
 @pytest.mark.gpu
-def test_cuda_graphs_replay_what_runs_eagerly(checkpoint):
+def test_cuda_graphs_and_overlap_give_the_tokens_of_neither(checkpoint):
     from engine.engine import Engine
     from engine.loader import load_model
     from engine.request import Request, SamplingParams
 
-    def tokens(cuda_graphs):
-        config = EngineConfig(device="cuda:0", num_blocks=64, cuda_graphs=cuda_graphs, max_num_seqs=8)
+    def tokens(**settings):
+        config = EngineConfig(device="cuda:0", num_blocks=64, max_num_seqs=8, **settings)
         engine = Engine(config, load_model(checkpoint, config))
         requests = [
             Request(
@@ -240,4 +240,7 @@ def test_cuda_graphs_replay_what_runs_eagerly(checkpoint):
             engine.step()
         return [request.output_token_ids for request in requests]
 
-    assert tokens("auto") == tokens("off")
+    plain = tokens(cuda_graphs="off", overlap="off")
+    assert tokens(overlap="off") == plain
+    assert tokens(cuda_graphs="off", overlap="on") == plain
+    assert tokens() == plain

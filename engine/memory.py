@@ -1,0 +1,127 @@
+"""How much memory a GPU has for the KV pool: what is free once the largest step has run, or a share of it."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from engine.batch import MIN_ROWS, Span, pack
+from engine.config import EngineConfig
+from engine.drawing import Draw, draw_fused
+from engine.kv_pool import LocalKvPool
+from engine.loader import LoadedModel
+from engine.request import SamplingParams
+from engine.step.factory import captures, step_shapes
+
+PROFILED_SAMPLING = SamplingParams(max_tokens=1, top_k=2, top_p=0.5)
+"""Whatever a draw needs memory for."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DeviceMemory:
+    """What was measured on a GPU that holds the weights."""
+
+    free_bytes: int
+    """Behind the step, with its memory given back; what libraries took for themselves is not free."""
+    step_bytes: int
+    """Most that the largest step took on top of weights and KV."""
+
+
+class Meter(Protocol):
+    """Looks at one device's memory."""
+
+    def peak_bytes(self, run: Callable[[], None]) -> int:
+        """Most that `run` took on top of what was taken before."""
+        ...
+
+    def free_bytes(self) -> int:
+        """Free now, for this process and all others."""
+        ...
+
+
+class CudaMeter:
+    """A GPU, by torch's allocator and the driver."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+
+    def peak_bytes(self, run: Callable[[], None]) -> int:
+        """See Meter."""
+        torch.cuda.reset_peak_memory_stats(self._device)
+        before = torch.cuda.memory_allocated(self._device)
+        run()
+        torch.cuda.synchronize(self._device)
+        return torch.cuda.max_memory_allocated(self._device) - before
+
+    def free_bytes(self) -> int:
+        """See Meter."""
+        torch.cuda.empty_cache()
+        free, _ = torch.cuda.mem_get_info(self._device)
+        return free
+
+
+def kv_cache_bytes(memory: DeviceMemory, *, utilization: float, captured: bool) -> int:
+    """Memory of the KV pool: the share `utilization` of what is left when a step has what it needs.
+
+    Captured steps keep theirs, which no other can use: they share it, and none is larger than the largest.
+    """
+    needed = memory.step_bytes * (2 if captured else 1)
+    return max(int((memory.free_bytes - needed) * utilization), 0)
+
+
+def with_kv_memory(config: EngineConfig, model: LoadedModel, meter: Meter | None = None) -> EngineConfig:
+    """The config with `kv_cache_memory_bytes` measured, if it is for a GPU and leaves them open.
+
+    Every rank of a worker has a GPU of its own, of which this one's stands for all.
+    """
+    device = torch.device(config.device)
+    if (device.type != "cuda" and meter is None) or config.num_blocks or config.kv_cache_memory_bytes:
+        return config
+    memory = profile(config, model, meter or CudaMeter(device))
+    own = kv_cache_bytes(
+        memory, utilization=config.gpu_memory_utilization, captured=captures(config, model.ranks)
+    )
+    return replace(config, kv_cache_memory_bytes=max(own * model.ranks.shard.size, 1))
+
+
+def profile(config: EngineConfig, model: LoadedModel, meter: Meter) -> DeviceMemory:
+    """Run the largest step over a pool that holds nothing else, and look at what it took."""
+    step_bytes = meter.peak_bytes(partial(_run_largest_step, config, model, _small_pool(config, model)))
+    return DeviceMemory(step_bytes=step_bytes, free_bytes=meter.free_bytes())
+
+
+def _small_pool(config: EngineConfig, model: LoadedModel) -> Tensor:
+    """The first KV group, with blocks for the longest prompt of a step."""
+    ranks, spec = model.ranks, model.facts.kv_groups[0]
+    local = LocalKvPool(
+        [ranks.shard.kv_spec(spec)],
+        num_blocks=-(-config.max_num_batched_tokens // config.block_size),
+        block_size=config.block_size,
+        num_host_blocks=0,
+        device=torch.device(config.device),
+    )
+    return ranks.lead_pool(local, spec.num_kv_heads).groups[0]
+
+
+@torch.inference_mode()
+def _run_largest_step(config: EngineConfig, model: LoadedModel, kv_group: Tensor) -> None:
+    """As many prompt tokens as a step may have, and a draw for every row that may be sampled.
+
+    Prompts share their blocks: nobody reads the results.
+    """
+    length = min(config.max_num_batched_tokens, model.facts.max_model_len)
+    table = range(-(-length // config.block_size))
+    spans = [
+        Span(table=table, start=0, token_ids=[0] * min(length, config.max_num_batched_tokens - first))
+        for first in range(0, config.max_num_batched_tokens, length)
+    ]
+    batch = pack(spans, block_size=config.block_size, device=kv_group.device)
+    hidden = model.module.forward(
+        batch.token_ids, batch.positions, kv_group, batch.slot_mapping, batch.attention
+    )
+    num_rows = max(step_shapes(config).max_num_rows, MIN_ROWS)
+    logits = model.module.logits(hidden[:1].expand(num_rows, -1).contiguous())
+    draw_fused(logits, [Draw(PROFILED_SAMPLING, position, 0) for position in range(num_rows)])

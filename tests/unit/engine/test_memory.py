@@ -1,0 +1,91 @@
+"""The size of a GPU's KV pool, from numbers that a GPU would give."""
+
+import pytest
+import torch
+
+from engine.config import EngineConfig, usual_batched_tokens
+from engine.memory import DeviceMemory, kv_cache_bytes, profile, with_kv_memory
+
+GIB = 1 << 30
+
+
+def test_the_pool_gets_its_share_of_what_weights_and_steps_leave():
+    memory = DeviceMemory(free_bytes=100 * GIB, step_bytes=5 * GIB)
+    assert kv_cache_bytes(memory, utilization=0.5, captured=False) == 95 * GIB // 2
+    assert kv_cache_bytes(memory, utilization=1.0, captured=True) == 90 * GIB
+
+
+def test_a_gpu_that_is_full_has_none():
+    assert kv_cache_bytes(DeviceMemory(free_bytes=GIB, step_bytes=GIB), utilization=0.9, captured=True) == 0
+
+
+class FakeMeter:
+    """A device with so much free memory; remembers what it was asked to measure."""
+
+    def __init__(self, free_bytes):
+        self._free_bytes = free_bytes
+        self.num_runs = 0
+
+    def peak_bytes(self, run):
+        run()
+        self.num_runs += 1
+        return 1000
+
+    def free_bytes(self):
+        return self._free_bytes
+
+
+def counting(method, rows):
+    def call(x, *args):
+        rows.append(len(x))
+        return method(x, *args)
+
+    return call
+
+
+def test_the_largest_step_is_profiled(tiny_model, monkeypatch):
+    rows = []
+    for name in ("forward", "logits"):
+        monkeypatch.setattr(tiny_model.module, name, counting(getattr(tiny_model.module, name), rows))
+    config = EngineConfig(max_num_batched_tokens=250, max_num_seqs=20, block_size=4)
+    memory = profile(config, tiny_model, FakeMeter(5000))
+    assert rows == [250, 20]
+    assert memory == DeviceMemory(free_bytes=5000, step_bytes=1000)
+
+
+def test_what_the_operator_names_is_not_measured(tiny_model):
+    for config in (EngineConfig(num_blocks=9), EngineConfig(kv_cache_memory_bytes=9)):
+        meter = FakeMeter(5000)
+        assert with_kv_memory(config, tiny_model, meter) is config
+        assert not meter.num_runs
+
+
+def test_what_is_measured_becomes_the_pools_memory(tiny_model):
+    config = EngineConfig(max_num_batched_tokens=8, gpu_memory_utilization=0.5)
+    assert (
+        with_kv_memory(config, tiny_model, FakeMeter(1 << 20)).kv_cache_memory_bytes
+        == ((1 << 20) - 1000) // 2
+    )
+    assert with_kv_memory(config, tiny_model) is config, "a CPU is not measured"
+
+
+@pytest.mark.parametrize("value", [0.0, -1.0, 1.1])
+def test_a_share_is_a_share(value):
+    with pytest.raises(ValueError, match="gpu_memory_utilization"):
+        EngineConfig(gpu_memory_utilization=value)
+
+
+def test_the_token_budget_follows_the_device():
+    assert (usual_batched_tokens("cpu"), usual_batched_tokens("cuda:1")) == (512, 2048)
+
+
+@pytest.mark.gpu
+def test_a_pool_fills_the_gpu_but_for_its_share(checkpoint):
+    from engine.engine import Engine
+    from engine.loader import load_model
+
+    config = EngineConfig(device="cuda:0", gpu_memory_utilization=0.5)
+    engine = Engine(config, load_model(checkpoint, config))
+    free, total = torch.cuda.mem_get_info()
+    assert 0.3 * total < engine.kv_cache.groups[0].nbytes < 0.5 * total
+    assert free > 0.3 * total
