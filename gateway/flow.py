@@ -166,7 +166,7 @@ class Flow:
             request = await self._prepare_in_time(asked, live)
             queued_s = self._clock.now()
             left_s = request.deadline - asyncio.get_running_loop().time()
-            async with self._admission.slot(live.number, left_s):
+            async with self._admission.slot(live.number, left_s, asked.tenant):
                 admitted_s = self._clock.now()
                 self._metrics.queue_time.observe(admitted_s - queued_s)
                 live.trace.admitted(queued_s, admitted_s)

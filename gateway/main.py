@@ -26,6 +26,7 @@ from gateway.http import HttpFace, build_app
 from gateway.malformed import MalformedMessages
 from gateway.metrics import GatewayMetrics
 from gateway.model import ServedModel, load_model
+from gateway.peers import Peers
 from gateway.registry import Registry
 from gateway.registry_service import RegistryServicer
 from gateway.service import SERVICE, InferenceServicer
@@ -36,7 +37,7 @@ from runtime.access import Keys, call_metadata, is_loopback, require_internal_se
 from runtime.admin_http import HttpServer, admin_routes, bind
 from runtime.checkpoint_dir import resolve
 from runtime.clock import SystemClock
-from runtime.http_access import Guard
+from runtime.http_access import ADMIN_PATHS, Guard
 from runtime.lifecycle import Shutdown, settle, watch_lag
 from runtime.limits import DRAIN_TIMEOUT_S
 from runtime.rpc_access import INTERNAL_REFUSAL, PUBLIC_REFUSAL, KeyGuard
@@ -93,10 +94,14 @@ class Gateway:
         self._public = rpc.server(
             [KeyGuard(self._api_keys, PUBLIC_REFUSAL), MalformedMessages(SERVICE)],
             max_message_bytes=2 * settings.max_body_bytes,
+            share_port=bool(settings.peer_directory),
         )
         self._internal = rpc.server(
             [KeyGuard(Keys.parse(settings.internal_secret), INTERNAL_REFUSAL)],
             max_message_bytes=INTERNAL_MESSAGE_BYTES,
+        )
+        self._peers = Peers(
+            settings.peer_directory, gateway_id, self.metrics.registry, self.state, self.flow.abort
         )
         self._http = HttpServer(self._app(), timeout_graceful_shutdown=CLOSE_GRACE_S)
         self._socket: socket.socket | None = None
@@ -113,8 +118,10 @@ class Gateway:
     def bind(self) -> None:
         """Take all ports; StartupError names the flag of one that is taken."""
         settings = self._settings
-        self._socket = bind(settings.host, settings.http_port, "--http-port")
-        servicer = InferenceServicer(self.flow, self._api_keys)
+        self._socket = bind(
+            settings.host, settings.http_port, "--http-port", share_port=bool(settings.peer_directory)
+        )
+        servicer = InferenceServicer(self.flow, self._api_keys, self._peers.abort)
         inference_pb2_grpc.add_InferenceServiceServicer_to_server(servicer, self._public)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._public)
         if settings.reflection:
@@ -135,13 +142,15 @@ class Gateway:
             health_watch = tasks.create_task(self._watch_health())
             lag_watch = tasks.create_task(watch_lag(self.metrics.loop_lag.observe))
             http = tasks.create_task(self._http.serve(sockets=[self._socket]))
+            peers = tasks.create_task(self._peers.serve())
             await self._internal.start()
             await self._public.start()
             try:
                 yield
             finally:
                 self._http.should_exit = True
-                await asyncio.gather(self._public.stop(CLOSE_GRACE_S), http)
+                self._peers.close()
+                await asyncio.gather(self._public.stop(CLOSE_GRACE_S), http, peers)
                 health_watch.cancel()
                 lag_watch.cancel()
                 fleet.cancel()
@@ -187,7 +196,8 @@ class Gateway:
         }
 
     def _app(self) -> Any:
-        routes = admin_routes(self.metrics.registry, self.state, self.not_ready)
+        own = admin_routes(self.metrics.registry, self.state, self.not_ready)
+        routes = [*self._peers.routes(), *(route for route in own if route.path not in ADMIN_PATHS)]
         face = HttpFace(self.flow, self._api_keys, max_body_bytes=self._settings.max_body_bytes)
         app = Guard(
             build_app(face, routes),

@@ -1,7 +1,7 @@
 """The public gRPC face, tandem.v1.InferenceService. Converts and delegates."""
 
 import secrets
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import aclosing
 from dataclasses import replace
 from typing import Any, TypeAlias
@@ -32,8 +32,11 @@ Context: TypeAlias = grpc.aio.ServicerContext[Any, Any]
 class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
     """Skin over one flow: the client's deadline is the request's, its cancel an abort."""
 
-    def __init__(self, flow: Flow, api_keys: Keys) -> None:
-        """`api_keys` have been checked; they tell clients apart."""
+    def __init__(
+        self, flow: Flow, api_keys: Keys, abort: Callable[[list[str], str], Awaitable[list[str]]]
+    ) -> None:
+        """`api_keys` have been checked; they tell clients apart. `abort` reaches requests elsewhere, too."""
+        self._abort = abort
         self._flow = flow
         self._api_keys = api_keys
 
@@ -149,7 +152,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
         self, request: inference_pb2.AbortRequest, context: Context
     ) -> inference_pb2.AbortResponse:
         """End live requests of the caller; unknown ids are no error."""
-        aborted = self._flow.abort(request.request_ids, self._tenant(context))
+        aborted = await self._abort(list(request.request_ids), self._tenant(context))
         return inference_pb2.AbortResponse(aborted=aborted)
 
 

@@ -70,12 +70,17 @@ def admin_app(routes: list[Route], admin_key: str | None) -> ASGIApp:
     return Guard(app, api_keys=Keys(), admin_keys=Keys.parse(admin_key))
 
 
-def bind(host: str, port: int, flag: str) -> socket.socket:
-    """A listening-ready TCP socket; StartupError names the flag when the address is taken."""
+def bind(host: str, port: int, flag: str, *, share_port: bool = False) -> socket.socket:
+    """A listening-ready TCP socket; StartupError names the flag when the address is taken.
+
+    With `share_port` other processes may listen there, too, and each connection goes to any one of them.
+    """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     # The protocol is named because asyncio sets TCP_NODELAY only where it is.
     sock = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    if share_port:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
     try:
         sock.bind((host, port))
     except OSError as error:

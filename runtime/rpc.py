@@ -30,11 +30,13 @@ MAX_UNTAKEN_CALLS = 16_384
 1,000 it cancels some at random, though all of them would be admitted, or refused with a hint, in a moment."""
 
 
-def server(interceptors: list[grpc.aio.ServerInterceptor], *, max_message_bytes: int) -> grpc.aio.Server:
-    """A server that never shares its port by accident."""
+def server(
+    interceptors: list[grpc.aio.ServerInterceptor], *, max_message_bytes: int, share_port: bool = False
+) -> grpc.aio.Server:
+    """A server that never shares its port by accident: other processes may listen there with `share_port`."""
     options = [
         *KEEPALIVE,
-        ("grpc.so_reuseport", 0),
+        ("grpc.so_reuseport", int(share_port)),
         ("grpc.http2.min_recv_ping_interval_without_data_ms", 5_000),
         ("grpc.http2.max_ping_strikes", 0),
         ("grpc.server.max_pending_requests", MAX_UNTAKEN_CALLS),

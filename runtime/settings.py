@@ -51,7 +51,7 @@ class GatewaySettings(ProcessSettings):
     max_concurrent_requests: Count = 1024
     """Requests in flight; more wait."""
     max_waiting_requests: Annotated[int, Field(ge=0)] = 1024
-    """Requests that wait for admission; more are refused at once with a retry hint."""
+    """Requests that wait for admission, API keys in turn; more are refused at once with a retry hint."""
     request_timeout_s: Annotated[float, Field(gt=0)] = 600.0
     """Longest life of a request; a client's own deadline only shortens it."""
     migration_timeout_s: Annotated[float, Field(ge=0)] = 20.0
@@ -60,6 +60,8 @@ class GatewaySettings(ProcessSettings):
     """Largest HTTP body; gRPC messages have twice this."""
     local_prefill_threshold: Annotated[int, Field(ge=0)] = 0
     """Prompts shorter than this many tokens are prefilled on the decode worker."""
+    peer_directory: str = ""
+    """Directory in which gateway processes that share the public ports find each other."""
     reflection: bool = True
     """gRPC server reflection on the public port."""
     api_keys: Secret = None
@@ -135,6 +137,8 @@ class WorkerSettings(EngineSettings):
 class UpSettings(GatewaySettings, EngineSettings):
     """Everything on this machine: one gateway, N prefill and M decode workers."""
 
+    gateway_processes: Count = 1
+    """Gateway processes, which share the public ports; limits on requests are each one's own."""
     prefill: Annotated[int, Field(ge=0)] = 1
     """Prefill workers; 0: co-located, decode workers prefill for themselves."""
     decode: Count = 1

@@ -1,7 +1,8 @@
 """The processes of `tandem up`: started together, watched, restarted, drained.
 
 1. The gateway starts first; its stdout line `listening http=URL grpc=HOST:PORT internal=HOST:PORT` names
-   its ports. Then all workers start, pointed at its internal address.
+   its ports. Further gateway processes share the public ones. Then all workers start, pointed at the internal
+   addresses of all of them.
 2. The fleet is ready when GET /ready is 200 and /debug/state lists every worker as ready. A child that dies
    before that ends the fleet: its `error:` line becomes our StartupError.
 3. From then on a child that dies is started again after a back-off, the gateway on the same ports.
@@ -12,7 +13,7 @@ import asyncio
 import logging
 import sys
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import httpx
 
@@ -64,9 +65,11 @@ class FleetPlan:
     """What to start. Commands are functions of the gateway's addresses, which are known only once it runs."""
 
     gateway: Callable[[Listening | None], Sequence[str]]
-    """Program and arguments; with the addresses of its former life when it is restarted."""
+    """Program and arguments; with addresses that it is to have, an internal port of 0 being any."""
     workers: Mapping[str, Callable[[Listening], Sequence[str]]]
     """By worker id."""
+    gateway_processes: int = 1
+    """How many of the first, sharing public ports."""
     env: Mapping[str, str] = field(default_factory=dict)
     """Whole environment of every child."""
     admin_key: str | None = None
@@ -126,8 +129,12 @@ class Fleet:
         self._plan = plan
         self._say = say or _to_stderr
         self._clock = clock or SystemClock()
-        self._listening: Listening | None = None
-        self._gateway = self._member("gateway", lambda: plan.gateway(self._listening))
+        self._listening: dict[str, Listening] = {}
+        """By gateway process, once it has said so; kept over its restarts."""
+        self._gateways = [
+            self._member(name, lambda name=name: plan.gateway(self._place_of(name)))  # type: ignore[misc]
+            for name in gateway_names(plan.gateway_processes)
+        ]
         self._workers = [
             self._member(name, lambda command=command: command(self.listening))  # type: ignore[misc]
             for name, command in plan.workers.items()
@@ -142,13 +149,19 @@ class Fleet:
     @property
     def listening(self) -> Listening:
         """The gateway's addresses; they do not change once known."""
-        assert self._listening is not None
-        return self._listening
+        places = [self._listening[gateway.name] for gateway in self._gateways]
+        return replace(places[0], internal=",".join(place.internal for place in places))
+
+    def _place_of(self, gateway: str) -> Listening | None:
+        """Where a gateway process is to listen: where it did, or beside the first one, or anywhere."""
+        first = self._listening.get(self._gateways[0].name)
+        beside = first and replace(first, internal=first.internal.rpartition(":")[0] + ":0")
+        return self._listening.get(gateway, beside)
 
     @property
     def members(self) -> list[Member]:
-        """The gateway, then the workers."""
-        return [self._gateway, *self._workers]
+        """The gateway processes, then the workers."""
+        return [*self._gateways, *self._workers]
 
     async def serve(self, shutdown: Shutdown, on_ready: Callable[[Listening], None]) -> None:
         """Start, call `on_ready`, watch until `shutdown`, stop; StartupError if a child cannot start."""
@@ -168,9 +181,10 @@ class Fleet:
 
     async def _start(self, tasks: asyncio.TaskGroup, shutdown: Shutdown) -> bool:
         """True once everything is ready, False if a shutdown came first."""
-        tasks.create_task(self._keep(self._gateway, shutdown))
-        if not await self._until(self._is_listening, shutdown):
-            return False
+        for gateway in self._gateways:
+            tasks.create_task(self._keep(gateway, shutdown))
+            if not await self._until(lambda gateway=gateway: self._is_listening(gateway), shutdown):  # type: ignore[misc]
+                return False
         for worker in self._workers:
             tasks.create_task(self._keep(worker, shutdown))
         headers = {"authorization": f"Bearer {self._plan.admin_key}"} if self._plan.admin_key else {}
@@ -192,9 +206,9 @@ class Fleet:
                 return False
         return True
 
-    async def _is_listening(self) -> bool:
-        self._waiting_for = "the gateway to listen"
-        return self._listening is not None
+    async def _is_listening(self, gateway: Member) -> bool:
+        self._waiting_for = f"the {gateway.name} to listen"
+        return gateway.name in self._listening
 
     async def _is_ready(self, http: httpx.AsyncClient) -> bool:
         try:
@@ -237,31 +251,37 @@ class Fleet:
                 return
 
     def _on_stdout(self, member: Member, line: str) -> None:
-        listening = Listening.parse(line) if member is self._gateway and line.strip() else None
+        listening = Listening.parse(line) if member in self._gateways and line.strip() else None
         if listening is None:
             self._say(f"{member.name}: {line}")
         else:
-            self._listening = listening
+            self._listening[member.name] = listening
 
     async def _stop(self) -> None:
         try:
             async with asyncio.timeout(STOP_S):
-                self._gateway.stop()
+                for gateway in self._gateways:
+                    gateway.stop()
                 try:
                     async with asyncio.timeout(GATEWAY_STOP_S):
-                        await self._gateway.ended.wait()
+                        for gateway in self._gateways:
+                            await gateway.ended.wait()
                 except TimeoutError:
                     logger.warning("the gateway has not drained in %.0f s", GATEWAY_STOP_S)
                 for worker in self._workers:
                     worker.stop()
-                for worker in self._workers:
-                    await worker.ended.wait()
-                await self._gateway.ended.wait()
+                for member in self.members:
+                    await member.ended.wait()
         except TimeoutError:
             left = [member.name for member in self.members if not member.ended.is_set()]
             logger.warning("killing what has not stopped: %s", ", ".join(left))
         finally:
             self.kill()
+
+
+def gateway_names(count: int) -> list[str]:
+    """Names of the gateway processes."""
+    return ["gateway"] if count == 1 else [f"gateway-{index}" for index in range(count)]
 
 
 async def _set_within(event: asyncio.Event, seconds: float) -> bool:

@@ -1,11 +1,13 @@
 """`tandem up`: from its settings to one gateway and its workers, running on this machine."""
 
 import asyncio
+import contextlib
 import logging
 import os
 import secrets
 import signal
 import sys
+import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -69,6 +71,14 @@ def with_secrets(settings: UpSettings) -> UpSettings:
     return settings.model_copy(update={name: secrets.token_urlsafe(32) for name in missing})
 
 
+def with_peer_directory(settings: UpSettings, stack: contextlib.ExitStack) -> UpSettings:
+    """`settings` with a directory, there while `stack` is open, in which several gateway processes meet."""
+    if settings.gateway_processes == 1 or settings.peer_directory:
+        return settings
+    directory = stack.enter_context(tempfile.TemporaryDirectory(prefix="tandem-", ignore_cleanup_errors=True))
+    return settings.model_copy(update={"peer_directory": directory})
+
+
 def fleet_plan(
     settings: UpSettings,
     environ: Mapping[str, str] = os.environ,
@@ -106,6 +116,7 @@ def fleet_plan(
     env = child_env(environ, threads=settings.threads) | secrets_env(settings)
     return FleetPlan(
         gateway=gateway,
+        gateway_processes=settings.gateway_processes,
         workers=workers,
         env=env,
         admin_key=settings.admin_key,
@@ -134,13 +145,14 @@ def _same_ports(before: Listening) -> dict[str, Any]:
 
 def up(argv: list[str], program: Callable[[str], list[str]] = program) -> int:
     """Run `tandem up` to its end; returns the exit code. Exits with code 2 if it cannot start."""
-    try:
-        settings = parse(UpSettings, argv, prog="tandem up")
-        logs.setup("up", settings.log_level, settings.log_format)
-        plan = fleet_plan(settings, program=program)
-    except StartupError as error:
-        fail(error)
-    return run(lambda shutdown: _serve(plan, settings, shutdown))
+    with contextlib.ExitStack() as stack:
+        try:
+            settings = with_peer_directory(parse(UpSettings, argv, prog="tandem up"), stack)
+            logs.setup("up", settings.log_level, settings.log_format)
+            plan = fleet_plan(settings, program=program)
+        except StartupError as error:
+            fail(error)
+        return run(lambda shutdown: _serve(plan, settings, shutdown))
 
 
 async def _serve(plan: FleetPlan, settings: UpSettings, shutdown: Shutdown) -> None:

@@ -1,9 +1,12 @@
 """Slots, the queue, and everything that can happen to one who waits."""
 
 import asyncio
+from collections import Counter
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from gateway.admission import Admission
 from runtime.errors import Cancelled, DeadlineExceeded, Overloaded
@@ -17,9 +20,9 @@ class Scene:
         self.entered: list[int] = []
         self.leave: dict[int, asyncio.Event] = {}
 
-    async def ask(self, request: int, timeout: float = 60) -> asyncio.Task[None]:
+    async def ask(self, request: int, timeout: float = 60, tenant: str = "") -> asyncio.Task[None]:
         self.leave[request] = asyncio.Event()
-        task = asyncio.ensure_future(self._hold(request, timeout))
+        task = asyncio.ensure_future(self._hold(request, timeout, tenant))
         await self.settle()
         return task
 
@@ -32,8 +35,8 @@ class Scene:
         self.leave[request].set()
         await self.settle()
 
-    async def _hold(self, request: int, timeout: float) -> None:
-        async with self.admission.slot(request, timeout):
+    async def _hold(self, request: int, timeout: float, tenant: str) -> None:
+        async with self.admission.slot(request, timeout, tenant):
             self.entered.append(request)
             await self.leave[request].wait()
 
@@ -94,3 +97,66 @@ async def test_no_queue_at_all() -> None:
     await scene.ask(3)
     assert scene.entered == [1, 3]
     await scene.release(3)
+
+
+async def test_a_greedy_tenant_keeps_nobody_else_waiting() -> None:
+    scene = Scene(2, 4)
+    greedy = [await scene.ask(request, tenant="greedy") for request in range(6)]
+    modest = await scene.ask(10, tenant="modest")
+    assert isinstance(await ended(greedy[5]), Overloaded)  # its newest makes room
+    assert not modest.done()
+    await scene.release(0)
+    assert scene.entered == [0, 1, 10]
+    await scene.release(1)
+    assert scene.entered == [0, 1, 10, 2]
+
+
+async def test_equal_tenants_take_turns() -> None:
+    scene = Scene(1, 9)
+    await scene.ask(0, tenant="x")
+    for request in range(1, 7):
+        await scene.ask(request, tenant="abc"[request % 3])
+    for request in (0, 1, 2, 3, 4, 5, 6):
+        await scene.release(request)
+    assert scene.entered == [0, 1, 2, 3, 4, 5, 6]
+
+
+OPERATIONS = st.lists(
+    st.tuples(st.sampled_from(["ask", "ask", "leave", "cancel", "interrupt"]), st.integers(0, 30)),
+    max_size=40,
+)
+
+
+async def play(operations: list[tuple[str, int]]) -> None:
+    scene, tasks, tenants = Scene(2, 3), dict[int, asyncio.Task[None]](), dict[int, str]()
+    for number, (what, value) in enumerate(operations):
+        others = {request: task for request, task in tasks.items() if not task.done()}
+        running = [request for request in scene.entered if request in others]
+        waiting = [request for request in others if request not in running]
+        if what == "ask":
+            tenants[number] = "aaab"[value % 4]
+            tasks[number] = await scene.ask(number, tenant=tenants[number])
+        elif what == "leave" and running:
+            num_entered = len(scene.entered)
+            gone = running.pop(value % len(running))
+            await scene.release(gone)
+            for request in scene.entered[num_entered:]:
+                share = Counter(tenants[each] for each in running)
+                assert share[tenants[request]] == min(share[tenants[each]] for each in waiting)
+        elif what == "cancel" and others:
+            tasks[sorted(others)[value % len(others)]].cancel()
+            await scene.settle()
+        elif what == "interrupt" and waiting:
+            scene.admission.interrupt(waiting[value % len(waiting)], Cancelled("aborted"))
+            await scene.settle()
+    for task in tasks.values():
+        task.cancel()
+    await asyncio.gather(*tasks.values(), return_exceptions=True)
+    scene.admission.check()
+    assert (scene.admission.num_running, scene.admission.num_waiting) == (0, 0)
+
+
+@settings(max_examples=30, deadline=None)
+@given(OPERATIONS)
+def test_slots_go_to_who_has_fewest(operations: list[tuple[str, int]]) -> None:
+    asyncio.run(play(operations))
