@@ -212,8 +212,8 @@ class DecodeLink:
         transfer_id = frame.transfer_id
 
         def scatter(engine: Engine) -> None:
-            self._intake.receiving.scatter(engine, transfer_id, frame.rectangle, payload)
-            self._pump.frame_scattered(frame)
+            checksum = self._intake.receiving.scatter(engine, transfer_id, frame.rectangle, payload)
+            self._pump.frame_scattered(frame, checksum)
 
         self._parts.bridge.thread.post(scatter)
 

@@ -53,15 +53,16 @@ class Receiving:
                 self._reserved(transfer_id, len(request.block_tables[0]), request.num_cached_tokens)
             del self._waiting[0]
 
-    def scatter(self, engine: Engine, transfer_id: bytes, rectangle: Rectangle, slab: Tensor) -> None:
-        """Copy a frame into the request's blocks; a transfer that has ended leaves no trace."""
+    def scatter(self, engine: Engine, transfer_id: bytes, rectangle: Rectangle, slab: Tensor) -> int | None:
+        """Copy a frame into the request's blocks and return its checksum; None of a transfer that has ended,
+        which leaves no trace. What was copied wrong is in blocks that only a commit shows to anybody."""
         request = self._live.get(transfer_id)
         if request is None:
-            return
+            return None
         first, end = rectangle.first_block, rectangle.first_block + rectangle.num_blocks
         block_ids = request.block_tables[rectangle.group][first:end]
         pool = engine.kv_cache.pool
-        pool.scatter(rectangle.group, block_ids, rectangle.first_layer, rectangle.num_layers, slab)
+        return pool.scatter(rectangle.group, block_ids, rectangle.first_layer, rectangle.num_layers, slab)
 
     def take(self, transfer_id: bytes) -> Request | None:
         """The request of a transfer that is complete; None if it was dropped meanwhile."""

@@ -9,6 +9,7 @@ from torch import Tensor
 from engine.facts import KvGroupSpec
 from engine.host_kv import HostKv
 from kernels import ops
+from kernels.summed_copies import unsigned
 
 
 class KvPool(Protocol):
@@ -32,13 +33,16 @@ class KvPool(Protocol):
     def gather(
         self, group: int, block_ids: Sequence[int], first_layer: int, num_layers: int, slab: Tensor
     ) -> int:
-        """Blocks to the start of a slab, in bytes; see kernels.ops.gather_blocks. From any thread."""
+        """Blocks to the start of a slab, complete on return; the payload's checksum. From any thread."""
         ...
 
     def scatter(
         self, group: int, block_ids: Sequence[int], first_layer: int, num_layers: int, slab: Tensor
     ) -> int:
-        """The payload of a `gather` to blocks."""
+        """The payload of a `gather` to blocks; its checksum as it was read. The slab is free on return.
+
+        A wrong checksum is known only when the blocks are written: nobody may read them before.
+        """
         ...
 
 
@@ -75,35 +79,35 @@ class LocalKvPool:
         self, group: int, block_ids: Sequence[int], first_layer: int, num_layers: int, slab: Tensor
     ) -> int:
         """See KvPool."""
-        copy = ops.gather_blocks if slab.device == self.groups[group].device else gather_staged
-        return copy(self.groups[group], block_ids, first_layer, num_layers, slab)
+        copy = ops.gather_blocks_summed if slab.device == self.groups[group].device else gather_staged
+        return unsigned(copy(self.groups[group], block_ids, first_layer, num_layers, slab)[1])
 
     def scatter(
         self, group: int, block_ids: Sequence[int], first_layer: int, num_layers: int, slab: Tensor
     ) -> int:
         """See KvPool."""
-        copy = ops.scatter_blocks if slab.device == self.groups[group].device else scatter_staged
-        return copy(self.groups[group], block_ids, first_layer, num_layers, slab)
+        copy = ops.scatter_blocks_summed if slab.device == self.groups[group].device else scatter_staged
+        return unsigned(copy(self.groups[group], block_ids, first_layer, num_layers, slab)[1])
 
 
 def gather_staged(
     group: Tensor, block_ids: Sequence[int], first_layer: int, num_layers: int, slab: Tensor
-) -> int:
-    """kernels.ops.gather_blocks into a slab on another device: one launch, then one copy between devices."""
+) -> tuple[int, Tensor]:
+    """kernels.ops.gather_blocks_summed into a slab on another device: one launch, then one copy."""
     staging = torch.empty_like(slab, device=group.device)
-    num_bytes = ops.gather_blocks(group, block_ids, first_layer, num_layers, staging)
+    num_bytes, total = ops.gather_blocks_summed(group, block_ids, first_layer, num_layers, staging)
     slab[:num_bytes].copy_(staging[:num_bytes])
-    return num_bytes
+    return num_bytes, total
 
 
 def scatter_staged(
     group: Tensor, block_ids: Sequence[int], first_layer: int, num_layers: int, slab: Tensor
-) -> int:
-    """kernels.ops.scatter_blocks from a slab on another device; the slab is free on return."""
+) -> tuple[int, Tensor]:
+    """kernels.ops.scatter_blocks_summed from a slab on another device; the slab is free on return."""
     block_bytes = group[:, :, 0].nbytes // len(group)
     num_bytes = block_bytes * num_layers * len(block_ids)
     staging = slab[:num_bytes].to(group.device, copy=True)
-    return ops.scatter_blocks(group, block_ids, first_layer, num_layers, staging)
+    return ops.scatter_blocks_summed(group, block_ids, first_layer, num_layers, staging)
 
 
 def _allocate(spec: KvGroupSpec, num_blocks: int, block_size: int, device: torch.device) -> Tensor:

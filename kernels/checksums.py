@@ -44,8 +44,12 @@ def checksum(payload: Tensor) -> int:
     payload: contiguous uint8 [num_bytes]; words are little-endian, the last one padded with zeros.
     """
     words = _words(payload)
-    weights = _weights((max(len(words), 1) - 1).bit_length(), words.device)[: len(words)]
-    return int((words * weights).sum()) & UINT64_MASK
+    return int((words * weights(len(words), words.device)).sum()) & UINT64_MASK
+
+
+def weights(num_words: int, device: torch.device) -> Tensor:
+    """int64 [num_words], odd; the weight of a word depends on its position alone."""
+    return _weights((max(num_words, 1) - 1).bit_length(), device)[:num_words]
 
 
 def _words(payload: Tensor) -> Tensor:

@@ -87,6 +87,31 @@ void store_rows(const float *restrict rows, i64 row_stride, float *restrict slot
             memcpy(slots + slot_mapping[row] * width, rows + row * row_stride, width * sizeof(float));
 }
 
+/* Copies whole blocks of `layers` layers between a pool and a slab, and leaves the payload's checksum: the sum
+ * of its words, each times the weight of its position (kernels/checksums.py).
+ *
+ * A run is one side of one block of one layer; strides and runs count 64-bit words. In the slab runs lie in
+ * the order of layer, side, block. */
+void copy_blocks(uint64_t *restrict pool, uint64_t *restrict slab, const i64 *restrict block_ids,
+                 i64 layer_stride, i64 side_stride, i64 block_stride, i64 layers, i64 blocks, i64 run_words,
+                 i64 to_slab, const uint64_t *restrict weights, uint64_t *restrict checksum) {
+    uint64_t sum = 0;
+    for (i64 side = 0; side < 2 * layers; side++) {
+        uint64_t *restrict start = pool + side / 2 * layer_stride + side % 2 * side_stride;
+        for (i64 b = 0; b < blocks; b++, slab += run_words, weights += run_words) {
+            uint64_t *restrict block = start + block_ids[b] * block_stride;
+            const uint64_t *restrict from = to_slab ? block : slab;
+            uint64_t *restrict to = to_slab ? slab : block;
+            for (i64 i = 0; i < run_words; i++) {
+                const uint64_t word = from[i];
+                to[i] = word;
+                sum += word * weights[i];
+            }
+        }
+    }
+    *checksum = sum;
+}
+
 /* Softmax in place over scores[0..len). */
 static void softmax(float *restrict scores, i64 len) {
     float largest = scores[0], sum = 0.0f;

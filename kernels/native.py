@@ -5,17 +5,21 @@ machines without a compiler get are the torch references.
 """
 
 import ctypes
+from collections.abc import Sequence
 from typing import Final
 
 import torch
 from torch import Tensor
 
-from kernels import attention, layers, paged_kv
+from kernels import attention, layers, paged_kv, summed_copies
 from kernels.attention import AttentionBatch, DecodeRows
+from kernels.checksums import WORD_BYTES, weights
 from kernels.native_build import load_library
 
 LANES: Final = 8
 """Floats of a vector in native.c; a head is a whole number of them."""
+
+CPU: Final = torch.device("cpu")
 
 POINTER, INTEGER, FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
 
@@ -24,6 +28,7 @@ SIGNATURES: Final = {
     "silu_mul": [POINTER, POINTER, INTEGER, INTEGER],
     "rope": [POINTER, INTEGER, POINTER, POINTER, POINTER, INTEGER, INTEGER, INTEGER],
     "store_rows": [POINTER, INTEGER, POINTER, POINTER, INTEGER, INTEGER],
+    "copy_blocks": [*[POINTER] * 3, *[INTEGER] * 7, POINTER, POINTER],
     "paged_decode": [
         POINTER, INTEGER, *[POINTER] * 7, *[INTEGER] * 5, FLOAT, POINTER, INTEGER,
     ],
@@ -80,6 +85,56 @@ def store_kv(k: Tensor, v: Tensor, kv_layer: Tensor, slot_mapping: Tensor) -> No
     slots, count, width = slot_mapping.data_ptr(), len(slot_mapping), k.shape[1] * k.shape[2]
     for rows, side in zip((k, v), kv_layer, strict=True):
         _library.store_rows(rows.data_ptr(), rows.stride(0), side.data_ptr(), slots, count, width)
+
+
+def gather_blocks_summed(
+    group: Tensor, block_ids: Sequence[int], first_layer: int, num_layers: int, slab: Tensor
+) -> tuple[int, Tensor]:
+    """See kernels.summed_copies."""
+    layers_of = group.narrow(0, first_layer, num_layers)
+    if _library is None or not _in_words(layers_of, slab):
+        return summed_copies.gather_blocks_summed(group, block_ids, first_layer, num_layers, slab)
+    return _copy_blocks(_library, layers_of, block_ids, slab, to_slab=True)
+
+
+def scatter_blocks_summed(
+    group: Tensor, block_ids: Sequence[int], first_layer: int, num_layers: int, slab: Tensor
+) -> tuple[int, Tensor]:
+    """See kernels.summed_copies."""
+    layers_of = group.narrow(0, first_layer, num_layers)
+    if _library is None or not _in_words(layers_of, slab):
+        return summed_copies.scatter_blocks_summed(group, block_ids, first_layer, num_layers, slab)
+    return _copy_blocks(_library, layers_of, block_ids, slab, to_slab=False)
+
+
+def _copy_blocks(
+    library: ctypes.CDLL, group: Tensor, block_ids: Sequence[int], slab: Tensor, *, to_slab: bool
+) -> tuple[int, Tensor]:
+    """All layers of `group`; any dtype."""
+    ids = torch.as_tensor(block_ids, dtype=torch.int64)
+    assert all(0 <= block_id < group.shape[2] for block_id in block_ids)
+    num_bytes = group[:, :, 0].numel() * group.element_size() * len(ids)
+    assert num_bytes <= slab.numel(), f"payload of {num_bytes} bytes, slab of {slab.numel()}"
+    total = torch.empty((), dtype=torch.int64)
+    words = [stride * group.element_size() // WORD_BYTES for stride in group.stride()[:3]]
+    run_words = group[0, 0, 0].nbytes // WORD_BYTES
+    library.copy_blocks(
+        group.data_ptr(), slab.data_ptr(), ids.data_ptr(), *words, group.shape[0], len(ids), run_words,
+        to_slab, weights(num_bytes // WORD_BYTES, CPU).data_ptr(), total.data_ptr(),
+    )  # fmt: skip
+    return num_bytes, total
+
+
+def _in_words(layers_of: Tensor, slab: Tensor) -> bool:
+    """Whether every block is a dense run of whole words, and all lies on the host."""
+    block = layers_of[0, 0, 0]
+    return (
+        layers_of.device.type == slab.device.type == "cpu"
+        and block.is_contiguous()
+        and block.nbytes % WORD_BYTES == 0
+        and layers_of.data_ptr() % WORD_BYTES == slab.data_ptr() % WORD_BYTES == 0
+        and all(stride * layers_of.element_size() % WORD_BYTES == 0 for stride in layers_of.stride()[:3])
+    )
 
 
 def paged_attention(q: Tensor, kv_layer: Tensor, batch: AttentionBatch, scale: float) -> Tensor:

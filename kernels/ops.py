@@ -11,7 +11,6 @@ from kernels import (
     paged_kv,
     rope_store,
     sampling,
-    summed_copies,
     truncation,
     verification,
 )
@@ -26,8 +25,8 @@ rope_store_kv = by_device(rope_store.rope_store_kv, "triton_rope")
 copy_blocks = paged_kv.copy_blocks
 gather_blocks = by_device(paged_kv.gather_blocks, "triton_blocks")
 scatter_blocks = by_device(paged_kv.scatter_blocks, "triton_blocks")
-gather_blocks_summed = by_device(summed_copies.gather_blocks_summed, "triton_blocks")
-scatter_blocks_summed = by_device(summed_copies.scatter_blocks_summed, "triton_blocks")
+gather_blocks_summed = by_device(native.gather_blocks_summed, "triton_blocks")
+scatter_blocks_summed = by_device(native.scatter_blocks_summed, "triton_blocks")
 paged_attention = by_device(native.paged_attention, "triton_paged_attention")
 checksum = checksums.checksum
 gumbel_noise = sampling.gumbel_noise

@@ -21,8 +21,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Generic, Protocol, TypeVar
 
-from torch import Tensor
-
 from kvtransfer.errors import LinkViolation, TransportBroken
 from kvtransfer.states import LinkStatistics, TransferState
 from kvtransfer.transport import Transport
@@ -31,14 +29,6 @@ from runtime.limits import LINK_TIMEOUT_S
 log = logging.getLogger(__name__)
 
 ActionT = TypeVar("ActionT")
-Checksum = Callable[[Tensor], int]
-
-
-def default_checksum(payload: Tensor) -> int:
-    """kernels.ops.checksum, loaded when first needed."""
-    from kernels.ops import checksum
-
-    return checksum(payload)
 
 
 class Link(Protocol[ActionT]):

@@ -3,7 +3,8 @@
 Life of a transfer here:
 1. Offer comes and `reserve` is called, in either order; the answer is Reserved with a ticket.
 2. A frame header takes a free slab → its bytes come → `frame_received` → the engine thread asks
-   `may_scatter`, scatters, and calls `frame_scattered`, which frees the slab and returns its credit.
+   `may_scatter`, scatters, and calls `frame_scattered` with the checksum of what it copied, which frees the
+   slab and returns its credit. Nobody reads the blocks before their transfer is committed.
 3. Commit must name exactly the frames announced, and they must cover every missing block. When the last
    of them is scattered the transfer is COMMITTED and acknowledged.
 4. Cancel, a wrong checksum, a refused Commit or `retire` end it otherwise. Frames of an ended transfer are
@@ -160,39 +161,39 @@ class ReceiverLink:
             case _:
                 raise LinkViolation(f"{type(message).__name__} inside an epoch")
 
-    def frame_received(self, frame: IncomingFrame, checksum: int | None) -> list[ReceiverAction]:
-        """The frame's bytes came; `checksum` is of its payload, None if nobody needed it.
-
-        Delivers it to the engine thread, or frees the slab if the transfer is dead or the bytes are wrong.
-        """
+    def frame_received(self, frame: IncomingFrame) -> list[ReceiverAction]:
+        """The frame's bytes came: delivers it to the engine thread, or frees the slab of a dead transfer."""
         assert self._slabs.owns(frame)
-        transfer = self._live(frame)
-        if transfer is None:
+        if self._live(frame) is None:
             self._count("dropped_frames")
             return self._release(frame)
-        if checksum != frame.header.checksum:
-            self._count("checksum_errors")
-            reason = f"frame {frame.header.sequence} has a wrong checksum"
-            return [*self._release(frame), *self._fail(transfer, DATA_LOSS, reason)]
-        self._count("frames")
-        self._count("payload_bytes", frame.payload_bytes)
         return [Deliver(frame=frame)]
 
     def may_scatter(self, frame: IncomingFrame) -> bool:
         """Whether the frame's blocks still belong to its transfer; asked by the thread that frees blocks."""
         return self._live(frame) is not None
 
-    def frame_scattered(self, frame: IncomingFrame) -> list[ReceiverAction]:
-        """The engine thread is done with a delivered frame, scattered or not: its slab is free.
+    def frame_scattered(self, frame: IncomingFrame, checksum: int | None) -> list[ReceiverAction]:
+        """The engine thread is done with a delivered frame, and its slab with that.
 
-        Call once per delivered frame, also after the epoch ended.
+        `checksum` is of the payload as it was copied; None if it was not. Call once per delivered frame, also
+        after the epoch ended.
         """
         assert self._slabs.owns(frame)
         actions = self._release(frame)
         transfer = self._live(frame)
         if transfer is None:
+            self._count("dropped_frames")
             return actions
         transfer.outstanding -= 1
+        if checksum is None:
+            return actions + self._fail(transfer, ABORTED, "the receiver has freed its blocks")
+        if checksum != frame.header.checksum:
+            self._count("checksum_errors")
+            reason = f"frame {frame.header.sequence} has a wrong checksum"
+            return actions + self._fail(transfer, DATA_LOSS, reason)
+        self._count("frames")
+        self._count("payload_bytes", frame.payload_bytes)
         return actions + self._complete_if_scattered(transfer)
 
     def expire(self) -> list[ReceiverAction]:

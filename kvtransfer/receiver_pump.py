@@ -14,7 +14,7 @@ from kvtransfer.actions import (
     Send,
 )
 from kvtransfer.messages import ReceiverMessage, Reserved
-from kvtransfer.pump import Checksum, Pump, default_checksum
+from kvtransfer.pump import Pump
 from kvtransfer.receiver import ReceiverLink
 from kvtransfer.transport import Transport
 
@@ -24,8 +24,8 @@ Deliverer = Callable[[IncomingFrame, Tensor], None]
 class ReceiverPump(Pump[ReceiverAction]):
     """Moves the frames of one ReceiverLink into slabs.
 
-    `deliver(frame, payload)` hands a frame with the right bytes to the engine thread, which calls
-    `may_scatter`, scatters if that is True, and calls `frame_scattered` in any case.
+    `deliver(frame, payload)` hands a frame to the engine thread, which calls `may_scatter`, scatters if that
+    is True, and calls `frame_scattered` in any case.
     """
 
     link: ReceiverLink
@@ -39,13 +39,11 @@ class ReceiverPump(Pump[ReceiverAction]):
         post: Callable[[ReceiverMessage], None],
         on_event: Callable[[ReceiverEvent], None],
         on_failed: Callable[[str], None],
-        checksum: Checksum = default_checksum,
     ) -> None:
         super().__init__("kv-receive", link, transport, on_failed)
         self._deliver = deliver
         self._post = post
         self._on_event = on_event
-        self._checksum = checksum
         # Announced frames in the order of their headers; None ends the thread. At most one per slab.
         self._announced: queue.SimpleQueue[IncomingFrame | None] = queue.SimpleQueue()
 
@@ -77,19 +75,17 @@ class ReceiverPump(Pump[ReceiverAction]):
         with self.lock:
             return self.link.may_scatter(frame)
 
-    def frame_scattered(self, frame: IncomingFrame) -> None:
+    def frame_scattered(self, frame: IncomingFrame, checksum: int | None) -> None:
         """ReceiverLink.frame_scattered: the engine thread no longer reads the payload."""
         with self._acting() as actions:
-            actions += self.link.frame_scattered(frame)
+            actions += self.link.frame_scattered(frame, checksum)
 
     def _run(self) -> None:
         while (frame := self._announced.get()) is not None:
             slab = self._transport.slabs[frame.slab]
             self._transport.recv(slab[: frame.size_bytes])
-            wanted = frame.transfer_id is not None
-            checksum = self._checksum(slab[: frame.payload_bytes]) if wanted else None
             with self._acting() as actions:
-                actions += self.link.frame_received(frame, checksum)
+                actions += self.link.frame_received(frame)
 
     def _retire(self, reason: str) -> list[ReceiverAction]:
         self._announced.put(None)

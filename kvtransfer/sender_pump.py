@@ -8,19 +8,19 @@ from torch import Tensor
 from kvtransfer.actions import FrameToSend, Send, SenderAction, SenderEvent
 from kvtransfer.messages import FirstToken, SenderMessage
 from kvtransfer.plan import Rectangle
-from kvtransfer.pump import Checksum, Pump, default_checksum
+from kvtransfer.pump import Pump
 from kvtransfer.sender import SenderLink
 from kvtransfer.transport import PendingSend, Transport
 
-Gather = Callable[[FrameToSend, Tensor], int]
+Gather = Callable[[FrameToSend, Tensor], int | None]
 
 
 class SenderPump(Pump[SenderAction]):
     """Moves the frames of one SenderLink.
 
     `gather(frame, slab)` fills the slab's head with the frame's rectangle, on the pump's thread, and returns
-    the payload's bytes; 0 if the transfer's blocks are gone, which cancels it. `post` puts a message on the
-    control stream: thread-safe, never blocks, never calls back.
+    the payload's checksum; None if the transfer's blocks are gone, which cancels it. `post` puts a message on
+    the control stream: thread-safe, never blocks, never calls back.
     """
 
     link: SenderLink
@@ -34,13 +34,11 @@ class SenderPump(Pump[SenderAction]):
         post: Callable[[SenderMessage], None],
         on_event: Callable[[SenderEvent], None],
         on_failed: Callable[[str], None],
-        checksum: Checksum = default_checksum,
     ) -> None:
         super().__init__("kv-send", link, transport, on_failed)
         self._gather = gather
         self._post = post
         self._on_event = on_event
-        self._checksum = checksum
         # Both are the pump's thread's: frames announced, and those on the wire, oldest first.
         self._num_announced = 0
         self._on_wire: deque[tuple[FrameToSend, PendingSend]] = deque()
@@ -83,14 +81,12 @@ class SenderPump(Pump[SenderAction]):
 
     def _send(self, frame: FrameToSend) -> None:
         slab = self._transport.slabs[self._num_announced % len(self._transport.slabs)]
-        payload_bytes = self._gather(frame, slab)
-        if payload_bytes == 0:
+        checksum = self._gather(frame, slab)
+        if checksum is None:
             self.cancel(frame.transfer_id, "the sender has freed its blocks")
-        else:
-            assert payload_bytes == frame.payload_bytes
-        checksum = self._checksum(slab[: frame.payload_bytes])
         with self.lock:
-            header = self.link.frame_gathered(frame, checksum)
+            # Of a transfer that was cancelled nothing is sent, whatever its checksum.
+            header = self.link.frame_gathered(frame, checksum or 0)
             if header is None:
                 return
             pending = self._transport.start_send(slab[: frame.size_bytes])

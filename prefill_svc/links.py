@@ -294,11 +294,11 @@ class PrefillLink:
         for export in [export for export in self._exports.values() if export.transfer_id not in repeated]:
             self._offer(pump, export)
 
-    def _gather(self, frame: FrameToSend, slab: Tensor) -> int:
+    def _gather(self, frame: FrameToSend, slab: Tensor) -> int | None:
         """On the pump's thread: copy the frame's blocks, which the engine keeps until `sent` or the end."""
         export = self._exports.get(frame.transfer_id)
         if export is None:
-            return 0
+            return None
         piece = frame.rectangle
         table = export.block_tables[piece.group]
         block_ids = table[piece.first_block : piece.first_block + piece.num_blocks]

@@ -17,6 +17,7 @@ from engine.kv_pool import LocalKvPool
 from engine.parallel.member import Member
 from engine.parallel.shard import Shard
 from engine.parallel.wire import Ints, Op, encode, raw
+from kernels import ops
 
 
 class Commander(Protocol):
@@ -78,7 +79,7 @@ class LedKvPool:
                 heads = self._heads(whole, member.rank)
                 payload = torch.frombuffer(member.reads.expect(Op.GATHERED).payload, dtype=torch.uint8)
                 heads.copy_(payload.view(heads.dtype).view(heads.shape))
-        return whole.nbytes
+        return ops.checksum(slab[: whole.nbytes])
 
     def scatter(
         self, group: int, block_ids: Sequence[int], first_layer: int, num_layers: int, slab: Tensor
@@ -95,7 +96,7 @@ class LedKvPool:
                 member.commands.send(message, raw(payload))
         own = _bytes(self._heads(whole, self._leader.shard.rank))
         self._local.scatter(group, block_ids, first_layer, num_layers, own)
-        return whole.nbytes
+        return ops.checksum(slab[: whole.nbytes])
 
     def _owns(self, member: Member) -> bool:
         """Whether no lower rank stores the same heads."""

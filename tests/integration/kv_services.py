@@ -7,7 +7,8 @@ import time
 import pytest
 import torch
 
-from kernels.ops import gather_blocks, scatter_blocks
+from kernels.ops import gather_blocks_summed, scatter_blocks_summed
+from kernels.summed_copies import unsigned
 from kvtransfer.actions import Granted, TransferCommitted, TransferFailed
 from kvtransfer.layout import KvFacts, KvGroup, block_bytes, num_blocks_of
 from kvtransfer.messages import FirstToken, Welcome
@@ -99,10 +100,10 @@ class SenderService:
     def gather(self, frame, slab):
         table = self.tables.get(frame.transfer_id)
         if table is None:
-            return 0
+            return None
         r = frame.rectangle
         blocks = table[r.first_block : r.first_block + r.num_blocks]
-        return gather_blocks(self.pool, blocks, r.first_layer, r.num_layers, slab)
+        return unsigned(gather_blocks_summed(self.pool, blocks, r.first_layer, r.num_layers, slab)[1])
 
     def transfer(self, transfer_id, blocks):
         """Offer, hand everything in block by block, commit."""
@@ -140,11 +141,13 @@ class ReceiverService:
         while (item := self.inbox.get()) is not None:
             frame, payload = item
             time.sleep(self.slow_s)
+            checksum = None
             if self.pump.may_scatter(frame):
                 r = frame.rectangle
                 blocks = self.tables[frame.transfer_id][r.first_block : r.first_block + r.num_blocks]
-                scatter_blocks(self.pool, blocks, r.first_layer, r.num_layers, payload)
-            self.pump.frame_scattered(frame)
+                _, total = scatter_blocks_summed(self.pool, blocks, r.first_layer, r.num_layers, payload)
+                checksum = unsigned(total)
+            self.pump.frame_scattered(frame, checksum)
 
     def reserve(self, transfer_id, blocks, num_cached_tokens=0):
         self.tables[transfer_id] = blocks

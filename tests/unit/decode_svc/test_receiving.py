@@ -7,6 +7,7 @@ import torch
 
 from decode_svc.receiving import Receiving
 from kernels import ops
+from kernels.summed_copies import unsigned
 from kvtransfer.plan import Rectangle
 from runtime.errors import InvalidRequest
 
@@ -25,7 +26,7 @@ class FakeEngine:
 
     def scatter(self, group: int, *arguments: object) -> int:
         assert group == 0
-        return ops.scatter_blocks(self.tensor, *arguments)
+        return unsigned(ops.scatter_blocks_summed(self.tensor, *arguments)[1])
 
     def enter(self, request: SimpleNamespace) -> None:
         self.arrivals += 1
@@ -95,17 +96,18 @@ def test_a_frame_lands_in_its_blocks_and_nowhere_after_the_end(parts) -> None:
     engine, receiving, _ = parts
     source = torch.randn(SHAPE)
     slab = torch.empty(source.nbytes, dtype=torch.uint8)
-    ops.gather_blocks(source, [5, 6], 0, 2, slab)
+    num_bytes = ops.gather_blocks(source, [5, 6], 0, 2, slab)
     receiving.want(engine, b"a", request("a", 3))
     receiving.reserve_waiting(engine)
-    receiving.scatter(engine, b"a", Rectangle(0, 1, 2, 0, 2), slab)
+    checksum = receiving.scatter(engine, b"a", Rectangle(0, 1, 2, 0, 2), slab)
+    assert checksum == ops.checksum(slab[:num_bytes])
     pool = engine.tensor
     assert torch.equal(pool[:, :, 1:3], source[:, :, 5:7])
     assert not pool[:, :, 0].any()
     assert not pool[:, :, 3:].any()
     receiving.drop(engine, b"a")
     before = pool.clone()
-    receiving.scatter(engine, b"a", Rectangle(0, 0, 2, 0, 2), slab)
+    assert receiving.scatter(engine, b"a", Rectangle(0, 0, 2, 0, 2), slab) is None
     assert torch.equal(pool, before)
     assert receiving.take(b"a") is None
     assert sorted(engine.free) == list(range(8))

@@ -6,7 +6,7 @@ import subprocess
 import pytest
 import torch
 
-from kernels import attention, layers, native, native_build, paged_kv
+from kernels import attention, checksums, layers, native, native_build, paged_kv, summed_copies
 from kernels.attention import AttentionBatch
 
 pytestmark = pytest.mark.skipif(not native.available(), reason="no C compiler on this machine")
@@ -50,6 +50,32 @@ def test_store_of_strided_rows():
     native.store_kv(heads[:, 2:4], heads[:, 4:], ours, slots)
     paged_kv.store_kv(heads[:, 2:4], heads[:, 4:], theirs, slots)
     assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8])
+@pytest.mark.parametrize(
+    ("block_ids", "first_layer", "num_layers"), [([4], 0, 1), ([7, 0, 3], 1, 3), ([], 0, 4)]
+)
+def test_summed_copies_of_blocks(dtype, block_ids, first_layer, num_layers):
+    group = torch.randint(-100, 100, (4, 2, 9, 4, 2, 8)).to(dtype)
+    slabs = [torch.full((1 << 15,), 7, dtype=torch.uint8) for _ in range(2)]
+    where = (block_ids, first_layer, num_layers)
+    want = summed_copies.gather_blocks_summed(group, *where, slabs[0])
+    assert native.gather_blocks_summed(group, *where, slabs[1]) == want
+    assert torch.equal(*slabs)
+    pools = [torch.zeros_like(group) for _ in range(2)]
+    where = ([2, 8, 5][: len(block_ids)], first_layer, num_layers)
+    assert summed_copies.scatter_blocks_summed(pools[0], *where, slabs[0]) == want
+    assert native.scatter_blocks_summed(pools[1], *where, slabs[1]) == want
+    assert torch.equal(*pools)
+
+
+def test_summed_copies_that_are_no_whole_words_are_the_references():
+    group, slab = torch.randn(2, 2, 5, 1, 1, 3), torch.zeros(256, dtype=torch.uint8)
+    num_bytes, total = native.gather_blocks_summed(group, [3, 1], 0, 2, slab)
+    assert summed_copies.unsigned(total) == checksums.checksum(slab[:num_bytes])
+    aside = torch.zeros(260, dtype=torch.uint8)[4:]
+    assert native.gather_blocks_summed(group, [3, 1], 0, 2, aside) == (num_bytes, total)
 
 
 def paged(context_lens, *, num_kv_heads, head_dim, query_lens=None):

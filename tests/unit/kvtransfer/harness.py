@@ -166,19 +166,18 @@ class Harness:
             data, self.corrupt_next = bytes([data[0] ^ 1]) + data[1:], False
         self.slab_bytes = data[: frame.payload_bytes]
         self.sender_does(self.sender.frame_sent(self.on_wire.popleft()))
-        wanted = frame.transfer_id is not None
-        self.receiver_does(
-            self.receiver.frame_received(frame, zlib.crc32(self.slab_bytes) if wanted else None)
-        )
+        self.receiver_does(self.receiver.frame_received(frame))
         return True
 
     def step_scatter(self):
         if not self.delivered:
             return False
         frame, data = self.delivered.popleft()
+        checksum = None
         if self.receiver.may_scatter(frame):
             self._write(frame, data)
-        self.receiver_does(self.receiver.frame_scattered(frame))
+            checksum = zlib.crc32(data)
+        self.receiver_does(self.receiver.frame_scattered(frame, checksum))
         return True
 
     def _write(self, frame, data):

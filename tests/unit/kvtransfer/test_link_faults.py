@@ -4,7 +4,16 @@ from dataclasses import replace
 
 import pytest
 
-from kvtransfer.actions import DATA_LOSS, Granted, Offered, Send, TransferCommitted, TransferFailed
+from kvtransfer.actions import (
+    ABORTED,
+    DATA_LOSS,
+    Deliver,
+    Granted,
+    Offered,
+    Send,
+    TransferCommitted,
+    TransferFailed,
+)
 from kvtransfer.errors import LinkViolation
 from kvtransfer.messages import (
     Cancel,
@@ -116,24 +125,25 @@ def test_a_dead_tickets_frame_is_received_dropped_and_credited(receiver):
     (post,) = receiver.on_message(replace(HEADER, first_block=99, sequence=7))
     assert post.frame.transfer_id is None
     assert not receiver.may_scatter(post.frame)
-    assert receiver.frame_received(post.frame, None) == [Send(message=Credit(slabs=1))]
+    assert receiver.frame_received(post.frame) == [Send(message=Credit(slabs=1))]
     assert receiver.statistics().dropped_frames == 1
     receiver.check()
 
 
 def test_a_cancel_between_delivery_and_scatter_forbids_the_scatter(receiver):
     (post,) = receiver.on_message(HEADER)
-    receiver.frame_received(post.frame, 5)
+    receiver.frame_received(post.frame)
     assert receiver.may_scatter(post.frame)
     receiver.on_message(Cancel(transfer_id=ID, reason="gone"))
     assert not receiver.may_scatter(post.frame)
-    assert receiver.frame_scattered(post.frame) == [Send(message=Credit(slabs=1))]
+    assert receiver.frame_scattered(post.frame, None) == [Send(message=Credit(slabs=1))]
     assert receiver.num_free_slabs == WELCOME.num_slabs
 
 
 def test_damaged_bytes_fail_their_transfer_only(receiver):
     (post,) = receiver.on_message(HEADER)
-    credit, cancel, failed = receiver.frame_received(post.frame, 6)
+    assert receiver.frame_received(post.frame) == [Deliver(frame=post.frame)]
+    credit, cancel, failed = receiver.frame_scattered(post.frame, 6)
     assert credit == Send(message=Credit(slabs=1))
     assert cancel.message.transfer_id == ID
     assert (failed.code, failed.retryable) == (DATA_LOSS, True)
@@ -141,6 +151,16 @@ def test_damaged_bytes_fail_their_transfer_only(receiver):
     receiver.check()
     receiver.on_message(Offer(transfer_id=b"next", num_tokens=2))
     assert receiver.reserve(b"next", 1, 0).ticket == 2
+
+
+def test_a_frame_whose_blocks_are_gone_ends_its_transfer(receiver):
+    (post,) = receiver.on_message(HEADER)
+    receiver.frame_received(post.frame)
+    credit, cancel, failed = receiver.frame_scattered(post.frame, None)
+    assert credit == Send(message=Credit(slabs=1))
+    assert cancel.message.transfer_id == failed.transfer_id == ID
+    assert (failed.code, failed.retryable) == (ABORTED, True)
+    receiver.check()
 
 
 @pytest.mark.parametrize("change", [{"num_frames": 1}, {"checksum": 1}, {}])
@@ -360,12 +380,12 @@ def test_the_next_epoch_repeats_an_unacknowledged_commit():
 
 def test_a_retired_epoch_fails_its_transfers_and_ignores_messages(receiver, sender):
     (post,) = receiver.on_message(HEADER)
-    receiver.frame_received(post.frame, 5)
+    receiver.frame_received(post.frame)
     (failed,) = receiver.retire("peer died")
     assert failed == TransferFailed(transfer_id=ID, code=10, reason="peer died", retryable=True)
     assert not receiver.may_scatter(post.frame)
     assert receiver.on_message(replace(HEADER, sequence=1)) == []
-    assert receiver.frame_scattered(post.frame) == []
+    assert receiver.frame_scattered(post.frame, None) == []
     assert receiver.num_free_slabs == WELCOME.num_slabs
     assert len(sender.retire("peer died")) == 1
     assert sender.on_message(Credit(slabs=99)) == []
