@@ -4,6 +4,7 @@
 # make bench-cpu  Tandem beside its peers on this CPU
 # make bench-speculation   tokens a second with speculation over without
 # make bench-gateway   one gateway process under 2,048 streams
+# make bench-gpu   everything that is measured on a GPU, in one run of under 8 minutes
 # make bench-policies   scheduling policies on recorded traces, simulated
 # make kernels-aot   compile every Triton kernel, no GPU needed
 # make chaos   real processes under random faults (ARGS="--seconds 300 --seed 7")
@@ -23,7 +24,7 @@ TEST_ENV := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive GOMP_SPINCOUNT=0
 SOURCES := protos gateway prefill_svc decode_svc worker engine kvtransfer kernels runtime tandem
 ALL := $(SOURCES) compose tests tools $(wildcard benchmarks)
 
-.PHONY: serve test test-optimized test-long chaos kill-score seeded-bugs model check protos dashboards kernels-aot bench bench-split bench-cpu bench-policies bench-speculation bench-tracing bench-gateway bench-detection clean
+.PHONY: serve test test-optimized test-long chaos kill-score seeded-bugs model check protos dashboards kernels-aot bench bench-split bench-cpu bench-policies bench-speculation bench-tracing bench-gateway bench-detection bench-gpu clean
 
 serve: $(VENV)/.installed
 	@exec $(BIN)/tandem up $(ARGS)
@@ -94,6 +95,12 @@ bench-gateway: $(VENV)/.installed-dev
 # Results go to benchmarks/results/detection.json and detection.md.
 bench-detection: $(VENV)/.installed-dev
 	$(TEST_ENV) $(BIN)/python -m benchmarks.detection $(ARGS)
+
+# Installs nothing: it takes .venv's Python if there is one, else the python3 whose torch sees the GPU.
+# Results go to benchmarks/results/gpu.json and gpu.md; without a GPU it says so and ends with code 2.
+GPU_PYTHON ?= $(firstword $(wildcard $(BIN)/python) python3)
+bench-gpu:
+	@$(GPU_PYTHON) -m benchmarks.gpu $(ARGS)
 
 # CPU-seconds of all processes with every request traced, and without.
 bench-tracing: $(VENV)/.installed-dev

@@ -7,17 +7,16 @@ whatever else the machine does falls on all of them. CPU time hardly depends on 
 import argparse
 import json
 import os
-import platform
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from benchmarks import cpu_report
 from benchmarks.cpu_load import make_job, write_checkpoint
+from benchmarks.machine import machine
 from benchmarks.peers import environments
 from benchmarks.peers.arm import Job, Round
 
@@ -183,22 +182,6 @@ def measure(threads: int, dtype: str, num_rounds: int, names: Sequence[str]) -> 
     for each in arms:
         each.stop()
     return [each.measured for each in arms]
-
-
-def machine() -> dict[str, Any]:
-    """What the numbers belong to."""
-    names = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=ROOT, check=False
-    )
-    return {
-        "cpu": names[0].split(":", 1)[1].strip() if names else platform.processor(),
-        "cpus": os.cpu_count(),
-        "python": platform.python_version(),
-        "commit": commit.stdout.strip(),
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "load_average_at_start": os.getloadavg()[0],
-    }
 
 
 def has_bfloat16() -> bool:

@@ -56,11 +56,12 @@ def write_checkpoint(path: Path) -> None:
         for source in sources
     }
     save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
-    _write_tokenizer(path)
+    write_tokenizer(path, CONFIG["vocab_size"])
 
 
-def _write_tokenizer(path: Path) -> None:
-    vocab = {f"t{token_id}": token_id for token_id in range(CONFIG["vocab_size"])}
+def write_tokenizer(path: Path, vocab_size: int) -> None:
+    """Words t0, t1, …: a token each."""
+    vocab = {f"t{token_id}": token_id for token_id in range(vocab_size)}
     tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="t0"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     tokenizer.save(str(path / "tokenizer.json"))

@@ -20,8 +20,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from benchmarks.cpu import machine
 from benchmarks.gateway_load import Case, Stamps
+from benchmarks.machine import machine
 
 RESULTS = Path(__file__).parent / "results"
 READY = re.compile(r"listening http=http://(\S+) grpc=(\S+) internal=(\S+)")

@@ -1,0 +1,144 @@
+"""The served step of one shape: decode and prefill as wall time, and what the GPU does in it.
+
+A step is `Engine.step`: schedule, batch, model, sampler and commit, until its tokens are known on the host.
+"""
+
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
+
+from benchmarks.gpu_rows import floors
+from benchmarks.gpu_rows.bench import Bench, RowFunctions, scaled
+from benchmarks.gpu_rows.busy import busy
+from benchmarks.gpu_rows.catalogue import BATCHES, IDLE_BATCH, PROMPTS, WITHOUT
+from benchmarks.gpu_rows.models import random_model
+from benchmarks.gpu_rows.row import Measured
+from benchmarks.gpu_rows.serving import (
+    ROOM,
+    engine_config,
+    make_engine,
+    prefill,
+    start_decoding,
+    stop_decoding,
+)
+from benchmarks.gpu_rows.timing import Timing, time_wall
+from engine.engine import Engine
+from runtime.lifecycle import settle
+
+CONTEXT_LEN = 1024
+WARM_UPS = 8
+PROFILED_STEPS = 12
+
+
+def rows(bench: Bench) -> RowFunctions:
+    """See catalogue.steps; the section is the shape's name."""
+    section = bench.section
+    steps = Steps(bench, section)
+    functions = {
+        f"decode step, {section}, batch {batch}": partial(steps.decode_row, batch) for batch in BATCHES
+    }
+    functions |= {
+        f"prefill, {section}, {name}": partial(steps.prefill_row, prompt_len)
+        for name, prompt_len in PROMPTS.items()
+    }
+    functions[f"GPU idle between steps, {section}, batch {IDLE_BATCH}"] = steps.idle_row
+    functions |= {
+        f"decode step without {name}, {section}, batch {IDLE_BATCH}": partial(
+            steps.decode_row, IDLE_BATCH, **switches
+        )
+        for name, switches in WITHOUT.items()
+    }
+    return functions
+
+
+class Steps:
+    """A model of one shape and an engine over it; at most one engine lives at a time."""
+
+    def __init__(self, bench: Bench, name: str) -> None:
+        self._bench = bench
+        self._shape = bench.shape(name)
+        self._batches = bench.pick(BATCHES, (1, 2, 4))
+        max_model_len = bench.pick(max(PROMPTS.values()) + ROOM, 512)
+        self._model = random_model(bench, self._shape, max_model_len)
+        self._config = engine_config(
+            bench, max_model_len=max_model_len, batches=self._batches,
+            tokens=max(self._batches) * (self._context_len + ROOM),
+        )  # fmt: skip
+        self._engine: tuple[Mapping[str, str], Engine] | None = None
+
+    def decode_row(self, batch: int, **switches: str) -> Measured:
+        """A step of a batch with contexts of about CONTEXT_LEN; `switches` are fields of EngineConfig."""
+        num_steps = self._bench.pick(120, 3)
+        with self._decoding(batch, switches) as engine:
+            timing = Timing.of([self._step_s(engine) for _ in range(num_steps)])
+        context_len = self._context_len + WARM_UPS + num_steps / 2
+        kv_read = floors.decode_bytes(self._shape, self._batch(batch), context_len)
+        flops = floors.decode_flops(self._shape, self._batch(batch))
+        floor = self._bench.floor_s(read=kv_read, flops=flops)
+        details = timing.details | {
+            "context": context_len, "GB": round(kv_read * 1e-9, 3),
+            "tokens/s": round(self._batch(batch) / timing.seconds, 1),
+        }  # fmt: skip
+        return Measured(value=timing.seconds * 1e3, floor=scaled(floor, 1e3), details=details)
+
+    def prefill_row(self, prompt_len: int) -> Measured:
+        """A prompt in one chunk of its own, until its first token is known."""
+        prompt_len = self._bench.pick(prompt_len, prompt_len // 64)
+        engine = self._make_engine({})
+        timing = time_wall(
+            self._bench, [lambda: prefill(engine, prompt_len)], rounds=self._bench.pick(5, 2), warm_ups=2
+        )
+        flops = floors.prefill_flops(self._shape, prompt_len)
+        details = timing.details | {
+            "TFLOP": round(flops * 1e-12, 3), "tokens/s": round(prompt_len / timing.seconds),
+        }  # fmt: skip
+        floor = scaled(self._bench.floor_s(flops=flops), 1e3)
+        return Measured(value=timing.seconds * 1e3, floor=floor, details=details)
+
+    def idle_row(self) -> Measured:
+        """The share of a step's wall time in which the device does nothing."""
+        with self._decoding(IDLE_BATCH, {}) as engine:
+            num_steps = self._bench.pick(PROFILED_STEPS, 2)
+            wall = Timing.of([self._step_s(engine) for _ in range(5 * num_steps)])
+            seen = busy(self._bench, lambda: [engine.step() for _ in range(num_steps)])
+        busy_s = seen.seconds / num_steps
+        details = wall.details | {
+            "wall ms": round(wall.seconds * 1e3, 4), "busy ms": round(busy_s * 1e3, 4),
+            "kernels per layer": round(seen.num_kernels / num_steps / self._shape.num_layers, 2),
+        }  # fmt: skip
+        return Measured(value=max(1 - busy_s / wall.seconds, 0.0) * 100, details=details)
+
+    @property
+    def _context_len(self) -> int:
+        return self._bench.pick(CONTEXT_LEN, 64)
+
+    def _batch(self, batch: int) -> int:
+        """The size that stands for it in this run."""
+        return self._batches[BATCHES.index(batch)]
+
+    @contextmanager
+    def _decoding(self, batch: int, switches: Mapping[str, str]) -> Iterator[Engine]:
+        """An engine in the middle of decoding."""
+        engine = self._make_engine(switches)
+        requests = start_decoding(engine, self._batch(batch), self._context_len)
+        try:
+            for _ in range(WARM_UPS):
+                engine.step()
+            if not self._bench.rehearsal:  # a collection takes longer than all tiny steps
+                settle()
+            yield engine
+        finally:
+            stop_decoding(engine, requests)
+
+    def _make_engine(self, switches: Mapping[str, str]) -> Engine:
+        if self._engine is None or self._engine[0] != switches:
+            self._engine = None
+            self._engine = (switches, make_engine(self._model, replace(self._config, **switches)))
+        return self._engine[1]
+
+    def _step_s(self, engine: Engine) -> float:
+        start = time.perf_counter()
+        engine.step()
+        return time.perf_counter() - start
