@@ -25,3 +25,9 @@ def device_names(devices: str, size: int) -> list[str]:
     if missing:
         raise StartupError(f"--devices {devices}: there is no GPU {missing[0]} here, torch sees {num_gpus}")
     return [f"cuda:{int(number)}" for number in numbers]
+
+
+def use(device: str) -> None:
+    """Make a device of torch's the calling thread's own: kernels start on that one, whatever they work on."""
+    if torch.device(device).type == "cuda":
+        torch.cuda.set_device(device)

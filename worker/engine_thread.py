@@ -48,8 +48,11 @@ class EngineThread:
         handler: StepHandler,
         on_death: Callable[[str], None],
         clock: Clock | None = None,
+        enter: Callable[[], None] = lambda: None,
     ) -> None:
+        """`enter`: what the thread does first."""
         self._engine = engine
+        self._enter = enter
         self._handler = handler
         self._on_death = on_death
         self._inbox: queue.SimpleQueue[Command | None] = queue.SimpleQueue()
@@ -81,6 +84,7 @@ class EngineThread:
 
     def _run(self) -> None:
         try:
+            self._enter()
             while not self._stopping:
                 self._step()
         except RankLost as error:

@@ -12,6 +12,7 @@ import os
 import secrets
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -41,6 +42,7 @@ from worker import address
 from worker.attach import AttachHub, AttemptHandler
 from worker.bridge import EngineBridge
 from worker.devices import device_names
+from worker.devices import use as use_device
 from worker.engine_thread import EngineThread, StepHandler
 from worker.grammar_intake import GrammarIntake
 from worker.membership import Membership
@@ -97,17 +99,19 @@ async def serve(
 ) -> None:
     """Run one worker until `shutdown` is requested."""
     settings = await asyncio.to_thread(address.placed, settings)
-    engine, tokenizer_hash = await asyncio.to_thread(_load_engine, settings)
+    engine, tokenizer_hash = await asyncio.to_thread(_load_engine, kind, settings)
     worker = Worker(kind, factory, settings, engine, tokenizer_hash, shutdown)
     settle()
     await worker.serve()
 
 
-def _load_engine(settings: WorkerSettings) -> tuple[Engine, str]:
+def _load_engine(kind: common_pb2.WorkerRole, settings: WorkerSettings) -> tuple[Engine, str]:
     torch.set_num_threads(settings.threads)
     path = resolve(settings.model, weights=True) if settings.model else bundled_model()
     speculative, draft_model = parse_speculative(settings.speculative, path)
     names = device_names(settings.devices, settings.tensor_parallel_size)
+    use_device(names[0])
+    decodes = kind != common_pb2.WORKER_ROLE_PREFILL
     config = EngineConfig(
         device=names[0],
         dtype=settings.dtype,
@@ -125,9 +129,9 @@ def _load_engine(settings: WorkerSettings) -> tuple[Engine, str]:
         draft_model=draft_model,
         num_draft_tokens=None if settings.num_draft_tokens == "auto" else settings.num_draft_tokens,
         draft_acceptance=settings.draft_acceptance,
-        cuda_graphs=settings.cuda_graphs,
+        cuda_graphs=settings.cuda_graphs if decodes else "off",
         cuda_graph_sizes=tuple(settings.cuda_graph_sizes),
-        overlap=settings.overlap,
+        overlap=settings.overlap if decodes else "off",
     )
     ranks = start_ranks(path, config, names)
     try:
@@ -198,7 +202,9 @@ class Worker:
         self._bridge.timelines = Timelines(self._tracer, ROLE_NAMES[kind], self._metrics.stage_ended)
         intake = GrammarIntake(self._role, engine.grammars, self._bridge.fail)
         self._bridge.hub = AttachHub(intake, self._load, self._bridge.timelines)
-        self._bridge.thread = EngineThread(engine, self._role, self._on_engine_death)
+        self._bridge.thread = EngineThread(
+            engine, self._role, self._on_engine_death, enter=partial(use_device, engine.config.device)
+        )
         self._metrics.watch(self._bridge.load)
         self._metrics.watch_attempts(
             ROLE_NAMES[kind], self._bridge.timelines, lambda: self._bridge.thread.busy_s

@@ -133,7 +133,7 @@ class StepInputs:
             positions += range(span.start, span.start + len(span.token_ids))
             ends.append(len(token_ids))
             num_blocks = -(-(span.start + len(span.token_ids)) // self._block_size)
-            host["block_tables"][seq, :num_blocks] = span.table[:num_blocks]
+            host["block_tables"][seq, :num_blocks] = np.fromiter(span.table, np.int32, num_blocks)
         context_lens = [span.start + len(span.token_ids) for span in spans]
         _write(host["token_ids"], token_ids, shape.num_rows, 0)
         _write(host["positions"], positions, shape.num_rows, 0)

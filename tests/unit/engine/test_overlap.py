@@ -139,7 +139,7 @@ def test_any_mix_gives_the_tokens_of_steps_in_order(tiny_model, alone):
 
     run_state_machine_as_test(
         machine_of(tiny_model, alone),
-        settings=settings(max_examples=40, stateful_step_count=30, deadline=None, phases=(Phase.generate,)),
+        settings=settings(max_examples=20, stateful_step_count=30, deadline=None, phases=(Phase.generate,)),
     )
 
 

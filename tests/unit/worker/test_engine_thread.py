@@ -62,6 +62,19 @@ def settle(thread: EngineThread) -> None:
     assert done.wait(5)
 
 
+def test_the_thread_enters_before_anything_else(parts) -> None:
+    engine, handler, *_ = parts
+    entered: list[str] = []
+    thread = EngineThread(
+        engine, handler, pytest.fail, enter=lambda: entered.append(threading.current_thread().name)
+    )
+    thread.post(lambda _: entered.append("command"))
+    thread.start()
+    settle(thread)
+    thread.stop(5)
+    assert entered == ["engine", "command"]
+
+
 def test_commands_run_in_order_before_the_next_step(parts) -> None:
     engine, handler, thread, _, _ = parts
 
