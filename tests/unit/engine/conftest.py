@@ -146,3 +146,11 @@ def make_request():
         )
 
     return make
+
+
+@pytest.fixture
+def gpu():
+    """torch's name of a GPU; goes with the marker of that name."""
+    if not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+    return "cuda:0"

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from engine.drawing import Draw, draw_fused, draw_warped
+from engine.drawing import Draw, choose, draw_fused, draw_warped
 from engine.request import SamplingParams
 from kernels import ops, triton_sampling, truncation
 
@@ -43,10 +43,8 @@ def test_a_draw_is_of_the_token_behind_the_sequence(make_request):
 
 
 @pytest.mark.gpu
-def test_on_a_gpu_the_tokens_stay_there(make_request):
-    from engine.drawing import choose
-
-    logits = torch.randn(3, 500, device="cuda")
+def test_on_a_gpu_the_tokens_stay_there(make_request, gpu):
+    logits = torch.randn(3, 500, device=gpu)
     requests = [make_request(n, temperature=n % 2) for n in (4, 5, 6)]
     assert (
         choose(logits, requests).cpu().tolist()

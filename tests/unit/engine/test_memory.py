@@ -4,7 +4,10 @@ import pytest
 import torch
 
 from engine.config import EngineConfig, usual_batched_tokens
+from engine.engine import Engine
+from engine.loader import load_model
 from engine.memory import DeviceMemory, kv_cache_bytes, profile, with_kv_memory
+from tests.unit.engine.parallel_ranks import parallel_model
 
 GIB = 1 << 30
 
@@ -69,6 +72,20 @@ def test_what_is_measured_becomes_the_pools_memory(tiny_model):
     assert with_kv_memory(config, tiny_model) is config, "a CPU is not measured"
 
 
+def test_ranks_are_profiled_together_and_serve_afterwards(checkpoint, make_engine, make_request, tmp_path):
+    """One rank's measurement counts for each; followers change from the profile's pool to the real one."""
+    config = EngineConfig(max_num_batched_tokens=32, block_size=4, gpu_memory_utilization=1.0)
+    with parallel_model(checkpoint, config, 2, tmp_path / "ranks") as model:
+        measured = with_kv_memory(config, model, FakeMeter(1_001_000))
+        assert measured.kv_cache_memory_bytes == 2 * 1_000_000
+        engine = Engine(measured, model)
+        request = make_request(17, temperature=0.0)
+        engine.submit(request)
+        while engine.has_work():
+            engine.step()
+    assert [request.output_token_ids] == make_engine().run(make_request(17, temperature=0.0))
+
+
 @pytest.mark.parametrize("value", [0.0, -1.0, 1.1])
 def test_a_share_is_a_share(value):
     with pytest.raises(ValueError, match="gpu_memory_utilization"):
@@ -80,11 +97,8 @@ def test_the_token_budget_follows_the_device():
 
 
 @pytest.mark.gpu
-def test_a_pool_fills_the_gpu_but_for_its_share(checkpoint):
-    from engine.engine import Engine
-    from engine.loader import load_model
-
-    config = EngineConfig(device="cuda:0", gpu_memory_utilization=0.5)
+def test_a_pool_fills_the_gpu_but_for_its_share(checkpoint, gpu):
+    config = EngineConfig(device=gpu, gpu_memory_utilization=0.5)
     engine = Engine(config, load_model(checkpoint, config))
     free, total = torch.cuda.mem_get_info()
     assert 0.3 * total < engine.kv_cache.groups[0].nbytes < 0.5 * total

@@ -6,7 +6,7 @@ import hypothesis.strategies as st
 import pytest
 import torch
 from hypothesis import Phase, settings
-from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
+from hypothesis.stateful import RuleBasedStateMachine, invariant, rule, run_state_machine_as_test
 
 from engine.choices import fan_out
 from engine.config import EngineConfig
@@ -135,8 +135,6 @@ def machine_of(tiny_model, alone):
 
 
 def test_any_mix_gives_the_tokens_of_steps_in_order(tiny_model, alone):
-    from hypothesis.stateful import run_state_machine_as_test
-
     run_state_machine_as_test(
         machine_of(tiny_model, alone),
         settings=settings(max_examples=20, stateful_step_count=30, deadline=None, phases=(Phase.generate,)),

@@ -10,7 +10,9 @@ import torch
 from engine.batch import Span, pack
 from engine.config import EngineConfig
 from engine.drawing import Draw, draw_warped
-from engine.request import SamplingParams
+from engine.engine import Engine
+from engine.loader import load_model
+from engine.request import Request, SamplingParams
 from engine.step.decode_step import DecodeStep, DrawingStep
 from engine.step.factory import step_shapes, steps_with
 from engine.step.graphs import StepGraphs, Uncaptured
@@ -217,13 +219,9 @@ def test_drafts_have_shapes_up_to_the_kernels_limit():
 
 
 @pytest.mark.gpu
-def test_cuda_graphs_and_overlap_give_the_tokens_of_neither(checkpoint):
-    from engine.engine import Engine
-    from engine.loader import load_model
-    from engine.request import Request, SamplingParams
-
+def test_cuda_graphs_and_overlap_give_the_tokens_of_neither(checkpoint, gpu):
     def tokens(**settings):
-        config = EngineConfig(device="cuda:0", num_blocks=64, max_num_seqs=8, **settings)
+        config = EngineConfig(device=gpu, num_blocks=64, max_num_seqs=8, **settings)
         engine = Engine(config, load_model(checkpoint, config))
         requests = [
             Request(
