@@ -5,6 +5,7 @@ tried it: `shm` shows memory that must open here, `cuda_ipc` names the GPU that 
 and addresses prove nothing. The order is the sender's, best first.
 """
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -13,6 +14,8 @@ import torch
 
 from kvtransfer.transports.segment import AVAILABLE, Segment, SegmentRefused
 from runtime.errors import StartupError
+
+logger = logging.getLogger(__name__)
 
 ON_HOSTS = ("shm", "gloo")
 ON_GPUS = ("cuda_ipc", "nccl")
@@ -40,14 +43,14 @@ class Transports:
         return cls(names=(setting,), device=device)
 
     def without(self, failed: set[str]) -> "Transports":
-        """The same but for these, unless nothing would be left."""
-        names = tuple(name for name in self.names if name not in failed)
-        return replace(self, names=names or self.names)
+        """The same but for these; the last one stays in any case, for the next try may succeed."""
+        *first, last = self.names
+        return replace(self, names=(*(name for name in first if name not in failed), last))
 
     @contextmanager
     def proofs(self) -> Iterator[tuple[bytes, ...]]:
-        """One for each name; good inside of the context."""
-        probe = Segment.create(0) if "shm" in self.names else None
+        """One for each name; good inside of the context. One that cannot be given is empty: it is refused."""
+        probe = _probe() if "shm" in self.names else None
         shown = {"shm": probe.address if probe else b"", "cuda_ipc": gpu_id(self.device)}
         try:
             yield tuple(shown.get(name, b"") for name in self.names)
@@ -69,6 +72,14 @@ class Transports:
 def gpu_id(device: torch.device) -> bytes:
     """The same in every process for one GPU; empty for a CPU."""
     return str(torch.cuda.get_device_properties(device).uuid).encode() if device.type == "cuda" else b""
+
+
+def _probe() -> Segment | None:
+    try:
+        return Segment.create(0)
+    except OSError as error:
+        logger.warning("no memory to share: %s", error)
+        return None
 
 
 def _segment_refusal(address: bytes) -> str | None:

@@ -21,6 +21,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Generic, Protocol, TypeVar
 
+import torch
+
 from kvtransfer.errors import LinkViolation, TransportBroken
 from kvtransfer.states import LinkStatistics, TransferState
 from kvtransfer.transport import Transport
@@ -134,6 +136,7 @@ class Pump(ABC, Generic[ActionT]):
 
     def _guarded_run(self) -> None:
         try:
+            self._use_gpu()
             self._run()
         except TransportBroken as error:
             self.fail(str(error))
@@ -141,6 +144,12 @@ class Pump(ABC, Generic[ActionT]):
             # A bug in a callback ends this link and nothing else; silence would hang its transfers.
             log.exception("kv link thread %s failed", self._thread.name)
             self.fail("internal error in the link's thread")
+
+    def _use_gpu(self) -> None:
+        """Kernels and events go to the GPU that their thread has chosen."""
+        device = self._transport.slabs[0].device
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
 
     @contextmanager
     def _acting(self) -> Iterator[list[ActionT]]:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from engine.engine import Engine
+from kvtransfer.errors import TransportBroken
 from kvtransfer.messages import Welcome
 from kvtransfer.offers import Transports, gpu_id
 from kvtransfer.transport import NUM_SENDER_SLABS, Transport, make_slabs
@@ -72,7 +73,12 @@ async def open_transport(
         hostname=settings.kv_interface_host or settings.host,
         device=device,
     )
-    transport = await asyncio.to_thread(opener, opening)
+    try:
+        transport = await asyncio.to_thread(opener, opening)
+    except TimeoutError:
+        raise
+    except (OSError, RuntimeError) as error:  # no memory, no descriptors, a GPU's error
+        raise TransportBroken(f"{welcome.transport} cannot be opened: {error}") from error
     return PointedTransport(transport) if faultpoints.ACTIVE else transport
 
 

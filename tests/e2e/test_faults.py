@@ -5,6 +5,7 @@ import os
 import re
 import signal
 import threading
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -16,6 +17,30 @@ pytestmark = [pytest.mark.e2e, pytest.mark.timeout(180)]
 PROMPT = list(range(3, 403))
 GREEDY = {"temperature": 0, "ignore_eos": True}
 SEEDED = {"temperature": 0.9, "seed": 3, "repetition_penalty": 1.1, "ignore_eos": True}
+
+
+ON_ONE_GPU = ("--prefill-devices=0,0", "--decode-devices=0,0")
+SERVERS = [
+    pytest.param(("shm", ()), id="shm"),
+    pytest.param(("gloo", ("--transport=gloo",)), id="gloo", marks=pytest.mark.long),
+    *(
+        pytest.param((name, (f"--transport={name}", *ON_ONE_GPU)), id=name, marks=pytest.mark.gpu)
+        for name in ("nccl", "cuda_ipc")
+    ),
+]
+"""By transport, the flags that make its links: what workers of one host choose by themselves, and others."""
+
+
+@pytest.fixture(scope="module", params=SERVERS)
+def split(request: pytest.FixtureRequest) -> Iterator[Up]:
+    """Two prefill and two decode workers whose links are over one transport."""
+    _, flags = request.param
+    if not flags:
+        yield request.getfixturevalue("split")
+        return
+    up = Up("--prefill=2", "--decode=2", *flags)
+    yield up
+    up.stop()
 
 
 def stream(up: Up, after: dict[int, Any], **options: Any) -> list[int]:
@@ -60,6 +85,15 @@ def busy(up: Up, role: str) -> int:
 
 def all_ready(up: Up) -> bool:
     return sum(worker["state"] == "ready" for worker in up.state()["workers"]) == 4
+
+
+def test_links_are_over_the_transport_that_this_server_is_about(
+    split: Up, request: pytest.FixtureRequest
+) -> None:
+    eventually(lambda: all_ready(split), 60, "all workers")
+    split.complete(PROMPT, max_tokens=2, **GREEDY)
+    used = {name for worker in split.workers() for name in worker["transports"].values()}
+    assert used == {request.node.callspec.params["split"][0]}
 
 
 @pytest.mark.parametrize("options", [GREEDY, SEEDED], ids=["greedy", "seeded"])

@@ -2,6 +2,7 @@ import pytest
 import torch
 
 from kvtransfer.offers import Transports
+from kvtransfer.transports.segment import Segment
 from runtime.errors import StartupError
 
 CPU = torch.device("cpu")
@@ -29,7 +30,19 @@ def test_memory_is_proven_by_opening_it():
     assert "uses shm, gloo" in ours.refusal("carrier pigeon", b"")
 
 
-def test_what_has_failed_is_left_out_unless_nothing_would_be_left():
+def test_what_has_failed_is_left_out_but_for_the_last_resort():
     ours = Transports.of("auto", CPU)
     assert ours.without({"shm"}).names == ("gloo",)
-    assert ours.without({"shm", "gloo"}).names == ("shm", "gloo")
+    assert ours.without({"shm", "gloo"}).names == ("gloo",)
+    assert ours.without({"gloo"}).names == ("shm", "gloo")
+    assert Transports.of("shm", CPU).without({"shm"}).names == ("shm",)
+
+
+def test_without_memory_for_a_proof_the_transport_is_refused(monkeypatch):
+    def fail(num_bytes):
+        raise OSError("too many open files")
+
+    ours = Transports.of("auto", CPU)
+    monkeypatch.setattr(Segment, "create", fail)
+    with ours.proofs() as (shm, _):
+        assert "out of reach" in ours.refusal("shm", shm)
