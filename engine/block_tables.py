@@ -52,7 +52,7 @@ class BlockTables:
         self._copies: list[list[tuple[int, int]]] = [[] for _ in self.pools]
         self._in_flight: set[Request] = set()
         self._landing: list[list[list[int]]] = []
-        """Tables that were freed while a step that is on its way may write into their blocks."""
+        """Blocks that were freed while a step that is on its way may read or write them, group by group."""
 
     @property
     def num_free(self) -> int:
@@ -167,20 +167,24 @@ class BlockTables:
 
     def free(self, request: Request) -> None:
         """Take all blocks back; what is not published is gone. Of requests in flight, `land` takes them."""
-        if request in self._in_flight:
-            self._landing.append(request.block_tables)
-        else:
-            self._release(request.block_tables)
+        self._give_back(request, request.block_tables)
         request.block_tables = []
         request.num_computed_tokens = request.num_published_blocks = 0
         request.num_draft_computed_tokens = request.num_draft_published_blocks = 0
+
+    def _give_back(self, request: Request, tables: list[list[int]]) -> None:
+        """Free these blocks of a request, group by group; while a step reads or writes them, later."""
+        if request in self._in_flight:
+            self._landing.append(tables)
+        else:
+            self._release(tables)
 
     def _release(self, tables: Sequence[Sequence[int]]) -> None:
         for pool, table in zip(self.pools, tables, strict=False):
             pool.free(reversed(table))
 
     def depart(self, requests: Iterable[Request]) -> None:
-        """A step that writes into these requests' blocks, and no others', is on its way from now on."""
+        """A step that reads and writes these requests' blocks, and no others', is on its way from now on."""
         self._in_flight = set(requests)
 
     def land(self) -> None:
@@ -210,10 +214,11 @@ class BlockTables:
         return request.block_tables[0][request.num_published_blocks - 1]
 
     def _exchange(self, request: Request, position: int, known: BlockIds) -> None:
+        own = [[table[position]] for table in request.block_tables]
         for pool, table, block_id in zip(self.pools, request.block_tables, known, strict=True):
             pool.share([block_id])
-            pool.free([table[position]])
             table[position] = block_id
+        self._give_back(request, own)
         self.draft_coverage.exchange(request, position, known[0])
 
     def _make_room(self, num_blocks: int) -> None:

@@ -214,6 +214,27 @@ def test_blocks_that_a_step_in_flight_writes_are_free_when_it_has_landed(overlap
     assert not overlapping.has_work()
 
 
+def test_a_block_that_is_exchanged_for_a_known_one_is_kept_for_the_step_that_reads_it(
+    overlapping, make_request
+):
+    """Two requests alike fill a block with the same tokens in the same step: one takes over the other's."""
+    one, other = make_request(9, key=1), make_request(9, key=2)
+    overlapping.submit(one)
+    overlapping.step()
+    overlapping.submit(other)
+    pool = overlapping.kv_cache.tables.pools[0]
+    kept = 0
+    while overlapping.has_work():
+        before = {block for request in (one, other) for table in request.block_tables for block in table}
+        overlapping.step()
+        if one.state is other.state is RequestState.RUNNING and overlapping._pipeline.in_flight:
+            given_up = before.difference(one.block_tables[0], other.block_tables[0])
+            assert all(pool.ref_count(block) == 1 for block in given_up)
+            kept += len(given_up)
+    assert kept
+    assert overlapping.load().blocks_used == 0
+
+
 def test_a_prompt_waits_for_no_more_than_the_step_in_flight(overlapping, make_request):
     overlapping.submit(make_request(9))
     overlapping.step()
