@@ -3,8 +3,8 @@
 # make bench-split  split beside co-located on this machine
 # make bench-cpu  Tandem beside its peers on this CPU
 # make bench-speculation   tokens a second with speculation over without
-# make bench-gateway   one gateway process under 2,048 streams
 # make bench-gpu   everything that is measured on a GPU, in one run of under 8 minutes
+# make bench-gateway   the gateway under 2,048 streams, overload, slow and idle clients (ten minutes)
 # make bench-policies   scheduling policies on recorded traces, simulated
 # make kernels-aot   compile every Triton kernel, no GPU needed
 # make chaos   real processes under random faults (ARGS="--seconds 300 --seed 7")

@@ -1,4 +1,4 @@
-"""One gateway process under many streams: `make bench-gateway`.
+"""The gateway under many streams and under more than it can do: `make bench-gateway`.
 
 The gateway is pinned to one core; echo workers and client, a process each, share another one. Each case
 starts anew. Delay is from the moment a token leaves its worker to the moment the client has read it, so
@@ -7,26 +7,19 @@ per token is the gateway process's alone and does not depend on that.
 """
 
 import argparse
-import contextlib
 import json
 import os
-import re
-import subprocess
-import sys
 import tempfile
-import time
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.gateway_load import Case, Stamps
+from benchmarks import gateway_overload
+from benchmarks.gateway_load import Case
+from benchmarks.gateway_processes import run_case
 from benchmarks.machine import machine
 
 RESULTS = Path(__file__).parent / "results"
-READY = re.compile(r"listening http=http://(\S+) grpc=(\S+) internal=(\S+)")
-READY_TIMEOUT_S = 30.0
-CASE_TIMEOUT_S = 120.0
 SATURATED = 0.9
 """Of the generator's core in use: from here on it is the generator that is measured."""
 
@@ -37,68 +30,17 @@ CASES = [
     Case(face="grpc", num_streams=256, rate=10),
     Case(face="grpc", num_streams=1024, rate=4),
     Case(face="grpc", num_streams=2048, rate=2),
+    Case(face="grpc", num_streams=2048, rate=4),
     Case(face="grpc", num_streams=2048, rate=10),
     Case(face="http", num_streams=32, rate=40),
     Case(face="http", num_streams=256, rate=10),
     Case(face="http", num_streams=1024, rate=4),
     Case(face="http", num_streams=2048, rate=2),
+    Case(face="http", num_streams=2048, rate=8),
     Case(face="http", num_streams=2048, rate=10),
+    Case(face="http", num_streams=2048, rate=4, processes=2),
+    Case(face="grpc", num_streams=2048, rate=2, processes=2),
 ]
-
-
-def spawn(core: int, *arguments: str) -> subprocess.Popen[str]:
-    """A Python process of ours on one core."""
-    return subprocess.Popen(
-        [sys.executable, *arguments],
-        stdout=subprocess.PIPE,
-        text=True,
-        preexec_fn=lambda: os.sched_setaffinity(0, {core}),
-    )
-
-
-@contextlib.contextmanager
-def running(core: int, *arguments: str) -> Iterator[subprocess.Popen[str]]:
-    """One that is ended behind the context."""
-    process = spawn(core, *arguments)
-    try:
-        yield process
-    finally:
-        process.kill()
-        process.wait()
-
-
-def run_case(case: Case, cores: Sequence[int], stamps: Path) -> dict[str, Any]:
-    """A fresh gateway and fresh workers under one load."""
-    flags = ["--http-port=0", "--grpc-port=0", "--max-concurrent-requests=4096", "--log-level=warning"]
-    Stamps.create(stamps)
-    with running(cores[0], "-m", "gateway", *flags) as gateway:
-        assert gateway.stdout is not None
-        ready = READY.match(gateway.stdout.readline())
-        assert ready, "the gateway did not start"
-        http, grpc, internal = ready.groups()
-        with running(cores[1], "-m", "benchmarks.gateway_echo", internal, case.dump(), str(stamps)) as echo:
-            pids = json.dumps({"gateway": gateway.pid, "workers": echo.pid})
-            await_workers(http)
-            address = http if case.face == "http" else grpc
-            arguments = ("-m", "benchmarks.gateway_client", case.dump(), address, str(stamps), pids)
-            with running(cores[1], *arguments) as client:
-                output, _ = client.communicate(timeout=CASE_TIMEOUT_S)
-    return asdict(case) | {"offered": case.offered} | json.loads(output)
-
-
-def await_workers(http: str) -> None:
-    """Until all workers are ready."""
-    import httpx
-
-    from benchmarks.gateway_echo import NUM_WORKERS
-
-    deadline_s = time.monotonic() + READY_TIMEOUT_S
-    while time.monotonic() < deadline_s:
-        workers = httpx.get(f"http://{http}/debug/state", trust_env=False).json()["workers"]
-        if sum(worker["state"] == "ready" for worker in workers) == NUM_WORKERS:
-            return
-        time.sleep(0.1)
-    raise SystemExit("the echo workers did not become ready")
 
 
 def is_saturated(row: dict[str, Any]) -> bool:
@@ -108,77 +50,84 @@ def is_saturated(row: dict[str, Any]) -> bool:
 
 
 def markdown(report: dict[str, Any]) -> str:
-    """The table."""
-    machine = report["machine"]
+    """All tables."""
     lines = [
-        "# One gateway process",
+        "# The gateway under load",
         "",
-        f"{machine['cpu']}, {machine['date']}, commit {machine['commit']}, load average",
-        f"{report['load'][0]:.1f} at the start and {report['load'][1]:.1f} at the end.",
-        "The gateway has a core; 16 echo workers and the client share another one.",
-        "Delay: worker to client, generator included; † its core was full, so that rate and delay are the",
-        "generator's. CPU: the gateway's own per token.",
+        f"{report['machine']['cpu']}, two cores: the gateway has one, 16 echo workers and the client share",
+        "the other. Delay: worker to client, generator included; † its core was full, so that rate and delay",
+        "are the generator's; where that is follows from its time per token. CPU: the gateway's per token.",
+        "Two gateway processes have a core each, one of them together with the generator.",
         "",
         f"Goals: {GOALS['tokens_per_s']:,} tokens/s, p99 {GOALS['p99_ms']:.0f} ms,"
         f" {GOALS['gateway_us_per_token']:.0f} µs.",
         "",
-        "| face | streams | offered tokens/s | tokens/s | delay p50 ms | p99 ms | gateway µs/token | core |"
-        " generator's core |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| face | processes | streams | offered tokens/s | tokens/s | delay p50 ms | p99 ms"
+        " | gateway µs/token | core | generator full at tokens/s |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
-    return "\n".join(lines + [row_markdown(row) for row in report["rows"]]) + "\n"
+    lines += map(row_markdown, report["http"] + report["grpc"])
+    return "\n".join([*lines, *gateway_overload.markdown(report)]) + "\n"
 
 
 def row_markdown(row: dict[str, Any]) -> str:
     """One case."""
+    start = f"| {row['face']} | {row['processes']} | {row['num_streams']:,} | {row['offered']:,.0f} |"
     if "failed" in row:
-        return (
-            f"| {row['face']} | {row['num_streams']:,} | {row['offered']:,.0f} | not held: {row['failed']}"
-            " | | | | | |"
-        )
+        return f"{start} not held: {row['failed']} | | | | | |"
     cores, delay = row["cores"], row["delay_ms"]
     mark = " †" if is_saturated(row) else ""
+    full_at = row["tokens_per_s"] / (cores["workers"] + cores["client"])
     cells = [
-        row["face"],
-        f"{row['num_streams']:,}",
-        f"{row['offered']:,.0f}",
         f"{row['tokens_per_s']:,.0f}{mark}",
         f"{delay['p50']:.1f}{mark}",
         f"{delay['p99']:.1f}{mark}",
         f"{row['gateway_us_per_token']:.1f}",
         f"{cores['gateway']:.0%}",
-        f"{cores['workers'] + cores['client']:.0%}",
+        f"{full_at:,.0f}",
     ]
-    return f"| {' | '.join(cells)} |"
+    return f"{start} {' | '.join(cells)} |"
 
 
-def selected(only: str | None) -> list[Case]:
-    """Cases whose name, for example grpc-256-10, contains the text."""
-    return [case for case in CASES if not only or only in f"{case.face}-{case.num_streams}-{case.rate:.0f}"]
+def load(cores: Sequence[int], only: str = "") -> list[dict[str, Any]]:
+    """The cases whose name, for example http-2048-10-1, contains the text."""
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        for case in CASES:
+            if only in f"{case.face}-{case.num_streams}-{case.rate:.0f}-{case.processes}":
+                rows.append(run_case(case, cores, Path(folder) / "stamps"))
+                print(row_markdown(rows[-1]), flush=True)
+    return rows
+
+
+PARTS: dict[str, Callable[[Sequence[int]], Any]] = {
+    "http": lambda cores: load(cores, "http"),
+    "grpc": lambda cores: load(cores, "grpc"),
+    "overload": gateway_overload.overload,
+    "fairness": gateway_overload.fairness,
+    "bystanders": gateway_overload.bystanders,
+}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gateway", description=__doc__)
-    parser.add_argument("--only", help="cases whose FACE-STREAMS-RATE contains this; writes no results")
+    parser.add_argument(
+        "--only", help="cases of which FACE-STREAMS-RATE-PROCESSES has this; writes no results"
+    )
+    parser.add_argument("--part", choices=PARTS, action="append", help="others' results stay; default: all")
     options = parser.parse_args()
     cores = sorted(os.sched_getaffinity(0))
     if len(cores) < 2:
         raise SystemExit("two cores are needed: one for the gateway, one for workers and client")
-    report = {
-        "machine": machine(),
-        "goals": GOALS,
-        "load": [os.getloadavg()[0]],
-        "rows": [],
-    }
-    with tempfile.TemporaryDirectory() as folder:
-        for case in selected(options.only):
-            row = run_case(case, cores, Path(folder) / "stamps")
-            report["rows"].append(row)
-            print(row_markdown(row), flush=True)
-    report["load"].append(os.getloadavg()[0])
-    if not options.only:
-        (RESULTS / "gateway.json").write_text(json.dumps(report, indent=1) + "\n")
-        (RESULTS / "gateway.md").write_text(markdown(report))
+    if options.only:
+        load(cores, options.only)
+        return
+    file = RESULTS / "gateway.json"
+    report = json.loads(file.read_text()) if options.part else {}
+    report |= {"machine": machine(), "goals": GOALS | gateway_overload.GOALS}
+    report |= {name: PARTS[name](cores) for name in options.part or PARTS}
+    file.write_text(json.dumps(report, indent=1) + "\n")
+    (RESULTS / "gateway.md").write_text(markdown(report))
 
 
 if __name__ == "__main__":

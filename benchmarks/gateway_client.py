@@ -181,18 +181,19 @@ async def open_streams(case: Case, seen: Seen, address: str, numbers: range) -> 
         await loop.create_connection(lambda number=number: HttpStream(seen, number), host, int(port))
 
 
-def cpu_seconds(processes: dict[str, psutil.Process]) -> dict[str, float]:
-    """User and system time of each so far."""
-    return {name: sum(process.cpu_times()[:2]) for name, process in processes.items()}
+def cpu_seconds(processes: dict[str, list[psutil.Process]]) -> dict[str, float]:
+    """User and system time of each kind so far."""
+    return {name: sum(sum(each.cpu_times()[:2]) for each in kind) for name, kind in processes.items()}
 
 
-async def measure(case: Case, address: str, stamps: Stamps, pids: dict[str, int]) -> dict[str, Any]:
+async def measure(case: Case, address: str, stamps: Stamps, pids: dict[str, list[int]]) -> dict[str, Any]:
     """Open the streams, wait until all of them run, and watch for WINDOW_S."""
     seen = Seen(case.num_streams, stamps)
     if not await connect(case, seen, address):
         return {"failed": f"{seen.num_started} streams run, {seen.num_ended} have ended"}
     await asyncio.sleep(SETTLE_S)
-    processes = {name: psutil.Process(pid) for name, pid in pids.items()} | {"client": psutil.Process()}
+    processes = {name: [psutil.Process(pid) for pid in kind] for name, kind in pids.items()}
+    processes["client"] = [psutil.Process()]
     seen.measuring = True
     start_s, tokens, before = time.monotonic(), seen.total, cpu_seconds(processes)
     await asyncio.sleep(WINDOW_S)

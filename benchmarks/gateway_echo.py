@@ -11,7 +11,7 @@ from collections.abc import AsyncIterator, Sequence
 
 import uvloop
 
-from benchmarks.gateway_load import Case, Stamps, number_of
+from benchmarks.gateway_load import NUM_WORKERS, Case, Stamps, number_of
 from gateway.model import load_model
 from gateway.tokenizer import TextTokenizer
 from protos.tandem.v1 import common_pb2 as pb
@@ -19,7 +19,6 @@ from protos.tandem.v1 import registry_pb2
 from runtime.checkpoint_dir import bundled_model
 from tests.fakes.worker import EOS, FakeWorker, Links
 
-NUM_WORKERS = 16
 TEXT_LEN = 4
 """Characters of each token's text, so that tokens can be counted by length."""
 
@@ -43,6 +42,16 @@ class EchoStream:
         self.number = number_of(submit.prompt_token_ids)
         self.num_tokens = 0
 
+    @property
+    def has_ended(self) -> bool:
+        """It has all tokens that were asked for."""
+        return self.num_tokens >= self.submit.sampling.max_tokens
+
+    def end(self) -> pb.AttemptEnd:
+        """Says so."""
+        finished = pb.ChoiceFinished(reason=pb.FINISH_REASON_LENGTH)
+        return pb.AttemptEnd(request=self.submit.request, attempt=self.submit.attempt, finished=finished)
+
     def frame(self, token_ids: Sequence[int]) -> pb.TokenFrame:
         """The next token."""
         index = self.num_tokens
@@ -60,38 +69,51 @@ class EchoWorker(FakeWorker):
 
     def pace(self, first_step_s: float, interval_s: float, token_ids: list[int], stamps: Stamps) -> None:
         """When to step, what to say, and where to note it; before `start`."""
-        self._next_s, self._interval_s = first_step_s, interval_s
+        self._first_s, self._interval_s = first_step_s, interval_s
         self._token_ids, self._stamps = token_ids, stamps
-        self._echoes: dict[int, EchoStream] = {}
+
+    async def join(self, gateway: str) -> None:
+        """Register with one more gateway process."""
+        self._gateway = gateway
+        self._spawn(self._register())
+        await asyncio.sleep(0.01)  # the task has read the address
 
     async def attach(self, commands: AsyncIterator[pb.AttachCommand]) -> AsyncIterator[pb.AttachEvent]:
         """One event per step."""
-        reader = asyncio.ensure_future(self._take(commands))
+        live: dict[int, EchoStream] = {}
+        reader = asyncio.ensure_future(self._take(commands, live))
+        next_s = self._first_s
         yield pb.AttachEvent(load=self._load())
         try:
             while True:
-                await asyncio.sleep(self._next_s - time.monotonic())
-                self._next_s = max(self._next_s + self._interval_s, time.monotonic())
-                echoes = list(self._echoes.values())
-                frames = [echo.frame(self._token_ids) for echo in echoes]
-                event = pb.AttachEvent(tokens=frames, load=pb.WorkerLoad(requests_running=len(frames)))
-                now_s = time.monotonic()
-                for echo in echoes:
-                    self._stamps.write(echo.number, echo.num_tokens - 1, now_s)
-                yield event
+                await asyncio.sleep(next_s - time.monotonic())
+                next_s = max(next_s + self._interval_s, time.monotonic())
+                yield self._step(live)
         finally:
             reader.cancel()
 
-    async def _take(self, commands: AsyncIterator[pb.AttachCommand]) -> None:
+    def _step(self, live: dict[int, EchoStream]) -> pb.AttachEvent:
+        echoes = list(live.values())
+        frames = [echo.frame(self._token_ids) for echo in echoes]
+        ended = [echo for echo in echoes if echo.has_ended]
+        for echo in ended:
+            del live[echo.submit.request]
+        now_s = time.monotonic()
+        for echo in echoes:
+            self._stamps.write(echo.number, echo.num_tokens - 1, now_s)
+        load = pb.WorkerLoad(requests_running=len(live))
+        return pb.AttachEvent(tokens=frames, ends=[echo.end() for echo in ended], load=load)
+
+    async def _take(self, commands: AsyncIterator[pb.AttachCommand], live: dict[int, EchoStream]) -> None:
         async for command in commands:
             match command.WhichOneof("command"):
                 case "submit":
-                    self._echoes[command.submit.request] = EchoStream(command.submit)
+                    live[command.submit.request] = EchoStream(command.submit)
                 case "abort":
-                    self._echoes.pop(command.abort.request, None)
+                    live.pop(command.abort.request, None)
 
 
-async def serve(internal: str, case: Case, stamps: Stamps) -> None:
+async def serve(gateways: list[str], case: Case, stamps: Stamps) -> None:
     """All workers, until this process is ended."""
     model = load_model(bundled_model(), name="demo", chat_template=None)
     facts = registry_pb2.ModelFacts(
@@ -105,11 +127,14 @@ async def serve(internal: str, case: Case, stamps: Stamps) -> None:
     )
     token_ids, start_s = echo_ids(model.tokenizer), time.monotonic()
     for index in range(NUM_WORKERS):
-        worker = EchoWorker("decode", f"echo-{index}", internal, Links(), facts)
+        worker = EchoWorker("decode", f"echo-{index}", gateways[0], Links(), facts)
         worker.pace(start_s + index / NUM_WORKERS / case.rate, 1 / case.rate, token_ids, stamps)
         await worker.start()
+        for gateway in gateways[1:]:
+            await asyncio.sleep(0)
+            await worker.join(gateway)
     await asyncio.Event().wait()
 
 
 if __name__ == "__main__":
-    uvloop.run(serve(sys.argv[1], Case.parse(sys.argv[2]), Stamps(sys.argv[3])))
+    uvloop.run(serve(sys.argv[1].split(","), Case.parse(sys.argv[2]), Stamps(sys.argv[3])))

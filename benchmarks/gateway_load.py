@@ -10,6 +10,7 @@ from typing import Any, Literal
 RING = 64
 """Tokens of a stream that may be under way."""
 MAX_STREAMS = 4096
+NUM_WORKERS = 16
 PROMPT_LEN = 32
 FIRST_ID, BASE = 128, 1024
 
@@ -22,6 +23,8 @@ class Case:
     num_streams: int
     rate: float
     """Tokens per second of each stream."""
+    processes: int = 1
+    """Of the gateway; two share all cores with the generator."""
 
     @property
     def offered(self) -> float:
