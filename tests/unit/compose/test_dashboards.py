@@ -57,8 +57,9 @@ def exported():
                 own = {name for of in (collector, family) for name in getattr(of, "_labelnames", ())}
                 for suffix in SUFFIXES[family.type]:
                     labels.setdefault(family.name + suffix, set()).update(own)
-                uppers = getattr(collector, "_upper_bounds", ())
-                bounds[family.name + "_bucket"] = {floatToGoString(upper) for upper in uppers}
+                uppers = {floatToGoString(upper) for upper in getattr(collector, "_upper_bounds", ())}
+                uppers |= {sample.labels["le"] for sample in family.samples if "le" in sample.labels}
+                bounds[family.name + "_bucket"] = uppers
     return labels, bounds
 
 
