@@ -26,6 +26,8 @@ from tests.faults.proxy import DOWN, UP
 RESULTS = Path(__file__).parent / "results"
 PROMPT = list(range(3, 203))
 STALL_S = 1.5
+WARM_STEPS = 20
+"""What is to be expected of a step is not known before."""
 BOUNDS_S = {"death": 0.25, "hang": 2.0, "blackhole": 2.0, "step that hangs": 2.0}
 """What was promised; a step counts as hung after as long, and the next heartbeat tells."""
 
@@ -108,7 +110,9 @@ def blackhole(fleet: Fleet, name: str) -> float:
 
 def stuck_step(fleet: Fleet, name: str) -> float:
     """The engine thread of any worker of this role stands still; its event loop goes on."""
-    point = f"{name.split('-')[0]}.step"
+    role = name.split("-")[0]
+    eventually(lambda: all(_steps(fleet, f"{role}-{n}") >= WARM_STEPS for n in (0, 1)), 60, "some steps")
+    point = f"{role}.step"
     fleet.points.arm(point, "hang")
     pid = fleet.points.wait_hit(point)
     start_s = time.monotonic()
@@ -120,11 +124,15 @@ def stuck_step(fleet: Fleet, name: str) -> float:
 
 
 SAMPLES: dict[str, Sample] = {
-    "death": death,
     "hang": hang,
     "blackhole": blackhole,
     "step that hangs": stuck_step,
+    "death": death,
 }
+
+
+def _steps(fleet: Fleet, name: str) -> int:
+    return int(fleet.worker(name)["steps"])
 
 
 def stall(fleet: Fleet, name: str) -> int:

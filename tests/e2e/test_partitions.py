@@ -1,11 +1,13 @@
 """Partitions between real processes: a worker cut off, and two workers that live and cannot talk."""
 
+import threading
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 
 from tests.e2e.harness import eventually
+from tests.faults.faults import stall
 from tests.faults.fleet import Fleet
 from tests.faults.proxy import DOWN, UP
 
@@ -69,3 +71,46 @@ def test_two_workers_that_cannot_talk_leave_each_other(fleet: Fleet) -> None:
         proxy.set()
     expect_whole(fleet)
     assert complete(fleet, cache_salt="healed") == want
+
+
+def test_without_prefill_workers_decode_workers_serve_and_without_those_nobody_does(fleet: Fleet) -> None:
+    expect_whole(fleet)
+    want = complete(fleet)
+    url = fleet.urls["gateway-0"]
+    body = {"prompt": PROMPT, "max_tokens": 8}
+
+    def cut(role: str, **weather: Any) -> None:
+        for name, member in fleet.members.items():
+            for proxy in member.proxies if name.startswith(role) else ():
+                proxy.set(**weather)
+
+    cut("prefill", blackhole=(UP, DOWN))
+    eventually(
+        lambda: "ready" not in (fleet.worker_states()[f"prefill-{n}"] for n in (0, 1)), 5, "no prefill"
+    )
+    assert complete(fleet, cache_salt="alone") == want
+    cut("decode", blackhole=(UP, DOWN))
+    eventually(lambda: fleet.client.get(f"{url}/ready").status_code == 503, 5, "not ready")
+    refused = fleet.client.post(f"{url}/v1/completions", json=body, timeout=2)
+    assert (refused.status_code, refused.headers["retry-after"]) == (503, "1")
+    cut("prefill")
+    cut("decode")
+    eventually(lambda: fleet.client.get(f"{url}/ready").status_code == 200, 10, "ready again")
+    expect_whole(fleet)
+    assert complete(fleet, cache_salt="back") == want
+
+
+@pytest.mark.parametrize("stop_s", [1.5, 4.0])
+def test_a_gateway_that_stood_still_blames_nobody(fleet: Fleet, stop_s: float) -> None:
+    """Its streams go on; what the workers said meanwhile waits in the sockets."""
+    expect_whole(fleet)
+    want = complete(fleet, max_tokens=200)
+    result: list[list[int]] = []
+    asked = threading.Thread(target=lambda: result.append(complete(fleet, max_tokens=200, cache_salt="s")))
+    asked.start()
+    fleet.busy("decode")
+    stall(fleet.members["gateway-0"].pid, stop_s)
+    asked.join(60)
+    assert result == [want]
+    assert fleet.is_whole()
+    expect_whole(fleet)

@@ -9,6 +9,7 @@ import contextlib
 import os
 import random
 import re
+import secrets
 import socket
 import subprocess
 import sys
@@ -23,6 +24,7 @@ import httpx
 
 from runtime import faultpoints
 from tests.e2e.harness import LIVE_COUNTS, MODEL, eventually, held_by
+from tests.faults.namespaces import Namespace
 from tests.faults.points import FaultPoints
 from tests.faults.proxy import Proxy
 
@@ -68,6 +70,7 @@ class Fleet:
         self.urls: dict[str, str] = {}
         self._internal: list[str] = []
         self._num_roles = {"gateway": gateways, "prefill": prefill, "decode": decode}
+        self._secret = secrets.token_urlsafe()
 
     def __enter__(self) -> "Fleet":
         try:
@@ -92,13 +95,16 @@ class Fleet:
     def _start(self) -> None:
         for number in range(self._num_roles["gateway"]):
             name = f"gateway-{number}"
-            self._spawn(name, "gateway", "--http-port=0", "--grpc-port=0", "--internal-port=0")
+            self._start_gateway(name)
             eventually(lambda name=name: self._listening(name), START_TIMEOUT_S, name)
         for role in ("prefill", "decode"):
             for number in range(self._num_roles[role]):
                 self._start_worker(role, number)
         for gateway in self.urls:
             eventually(lambda gateway=gateway: self.is_whole(gateway), START_TIMEOUT_S, "all workers")
+
+    def _start_gateway(self, name: str) -> None:
+        self._spawn(name, "gateway", "--http-port=0", "--grpc-port=0", "--internal-port=0")
 
     def restart(self, name: str) -> None:
         """Put another process in the place of a dead worker, and wait until it serves."""
@@ -119,10 +125,12 @@ class Fleet:
         member = self._spawn(f"{role}-{number}", role, *flags)
         member.attach, member.heartbeats = attach, beats
 
-    def _spawn(self, name: str, role: str, *flags: str) -> Member:
+    def _spawn(self, name: str, role: str, *flags: str, inside: Namespace | None = None) -> Member:
         log = Path(self._folder.name) / f"{name}.log"
         command = [sys.executable, "-m", MODULES[role], f"--model={MODEL}", "--log-format=text", *flags]
+        command = inside.command(*command) if inside else command
         environment = os.environ | {"PYTHONUNBUFFERED": "1", faultpoints.VARIABLE: self._folder.name}
+        environment["TANDEM_INTERNAL_SECRET"] = environment["TANDEM_ADMIN_KEY"] = self._secret
         with log.open("w") as output:
             process = subprocess.Popen(command, stdout=output, stderr=output, text=True, env=environment)
         member = self.members[name] = Member(name, process, log)
@@ -196,6 +204,41 @@ class Fleet:
         """From a time.monotonic() until a gateway calls a worker down."""
         eventually(lambda: self.worker_states(gateway).get(name) == "down", 20, f"{name} down")
         return time.monotonic() - since_s
+
+
+class CabledFleet(Fleet):
+    """A gateway, a prefill and two decode workers, of which `decode-1` is at the other end of a cable.
+
+    There are no proxies: what happens to its packets is up to the namespace.
+    """
+
+    def __init__(self, namespace: Namespace) -> None:
+        super().__init__(prefill=1, decode=2)
+        self._namespace = namespace
+
+    def _start_gateway(self, name: str) -> None:
+        here = self._namespace.here
+        self._spawn(
+            name, "gateway", "--http-port=0", "--grpc-port=0", "--internal-port=0", f"--internal-host={here}"
+        )
+
+    def _start_worker(self, role: str, number: int) -> None:
+        name = f"{role}-{number}"
+        inside = self._namespace if name == "decode-1" else None
+        host = inside.there if inside else self._namespace.here
+        flags = [
+            f"--gateway={self._internal[0]}",
+            f"--host={host}",
+            f"--worker-id={name}",
+            "--transport=gloo",
+        ]
+        self._spawn(name, role, *flags, inside=inside)
+
+    def worker(self, name: str, gateway: str = "gateway-0") -> dict[str, Any]:
+        """See Fleet; the worker's own page is behind its address."""
+        listed = next(worker for worker in self.state(gateway)["workers"] if worker["id"] == name)
+        headers = {"authorization": f"Bearer {self._secret}"}
+        return self.client.get(f"{listed['http']}/debug/state", headers=headers).json()
 
 
 def _address(text: str) -> tuple[str, int]:
