@@ -6,6 +6,7 @@ Results are written after every section: a run that is cut off leaves what it ha
 """
 
 import argparse
+import contextlib
 import json
 import sys
 import time
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.gpu_rows.catalogue import SECTIONS, catalogue
+from benchmarks.gpu_rows.clocks import Clocks
 from benchmarks.gpu_rows.conductor import Conductor
 from benchmarks.gpu_rows.report import markdown, row_markdown
 from benchmarks.gpu_rows.row import Row
@@ -20,7 +22,6 @@ from benchmarks.gpu_rows.spawn import spawn
 from benchmarks.machine import machine, output_of
 
 RESULTS = Path(__file__).parent / "results"
-CLOCKS = ("clocks.sm", "clocks.mem", "temperature.gpu", "power.draw", "utilization.gpu")
 
 
 def main() -> int:
@@ -72,25 +73,25 @@ def measure(rows: list[Row], options: argparse.Namespace) -> dict[str, Any]:
         "machine": machine(),
         "rehearsal": options.rehearse,
         "budget_s": options.budget_s,
-        "facts": {"driver": query("driver_version")},
+        "facts": {"driver": driver()},
         "clocks": {},
         "rows": [],
     }
-    for section in conductor.sections():
-        report["clocks"][section] = query(*CLOCKS)
-        for row in conductor.run(section):
-            report["rows"].append(row)
-            print(row_markdown(row), file=sys.stderr, flush=True)
-        report["facts"] |= conductor.facts
-        report["seconds"] = time.monotonic() - start_s
-        write(report, options)
+    with contextlib.closing(Clocks()) as clocks:
+        for section in conductor.sections():
+            for row in conductor.run(section):
+                report["rows"].append(row)
+                print(row_markdown(row), file=sys.stderr, flush=True)
+            report["clocks"][section] = clocks.take()
+            report["facts"] |= conductor.facts
+            report["seconds"] = time.monotonic() - start_s
+            write(report, options)
     return report
 
 
-def query(*names: str) -> str:
-    """What nvidia-smi says of the first GPU; it only reads."""
-    said = output_of("nvidia-smi", f"--query-gpu={','.join(names)}", "--format=csv,noheader", "--id=0")
-    return said.replace("\n", " ")
+def driver() -> str:
+    """Of the first GPU."""
+    return output_of("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader", "--id=0")
 
 
 def write(report: dict[str, Any], options: argparse.Namespace) -> None:

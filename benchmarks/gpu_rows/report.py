@@ -63,5 +63,5 @@ def _versions(report: dict[str, Any]) -> list[str]:
     names = ("driver", "cuda", "torch", "triton", "transformers", "flashinfer-python", "python")
     facts = report["facts"]
     versions = ", ".join(f"{name} {facts[name]}" for name in names if facts.get(name)) + "."
-    clocks = [f"Before {section}: {text}." for section, text in report["clocks"].items() if text]
-    return [versions, *(["", "  \n".join(clocks)] if clocks else [])]
+    clocks = [f"* {section}: {text}" for section, text in report["clocks"].items() if text]
+    return [versions, *(["", "Medians while the GPU worked:", "", *clocks] if clocks else [])]

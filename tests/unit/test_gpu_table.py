@@ -1,12 +1,13 @@
 """The GPU table: goals, floors, and what becomes of rows that fail."""
 
+import importlib.util
 import json
 import sys
 
 import pytest
 
 from benchmarks import gpu
-from benchmarks.gpu_rows import floors, spawn
+from benchmarks.gpu_rows import child, clocks, floors, spawn
 from benchmarks.gpu_rows.busy import covered
 from benchmarks.gpu_rows.catalogue import SECTIONS, catalogue
 from benchmarks.gpu_rows.conductor import Conductor
@@ -164,6 +165,31 @@ def test_known_floors():
     assert shape.streamed_params * 2 == pytest.approx(15.01e9, rel=1e-3)
     assert shape.kv_bytes_per_token == 128 * 1024
     assert floors.prefill_flops(shape, 8192) / 788e12 == pytest.approx(0.1674, rel=1e-3)
+
+
+@pytest.mark.parametrize("module", ["runtime.grammars", "engine.structured"])
+def test_what_needs_grammars_can_be_imported_without_them(module, monkeypatch):
+    for name in ("llguidance", "llguidance.numpy"):
+        monkeypatch.setitem(sys.modules, name, child.StandIn(name))
+    spec = importlib.util.find_spec(module)
+    copy = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(copy)
+    assert copy.LLMatcher is child.Nothing
+
+
+def test_clocks_are_those_of_a_gpu_at_work(monkeypatch):
+    lines = [
+        "90, 1900, 3201, 600, 50",
+        "0, 345, 3201, 80, 30",
+        "90, [N/A], 1, 1, 1",
+        "80, 1980, 3201, 640.5, 51",
+    ]
+    monkeypatch.setattr(clocks, "COMMAND", program(f"print({chr(10).join(lines)!r})"))
+    readings = clocks.Clocks()
+    readings._process.wait()
+    readings.close()
+    assert readings.take() == "1940 MHz SM, 3201 MHz memory, 620 W, 50 °C"
+    assert readings.take() == ""
 
 
 def test_overlapping_kernels_count_once():
