@@ -4,6 +4,8 @@ import importlib.machinery
 import os
 import sys
 
+from hypothesis import HealthCheck, settings
+
 for variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
     os.environ.setdefault(variable, "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
@@ -14,6 +16,13 @@ os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")  # as in `python -m gatew
 if not os.path.exists("/dev/nvidiactl"):
     # Without a GPU Triton's kernels run in its interpreter, which has to be known when they are defined.
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+# Tests are the same every time and on every machine, however slow.
+settings.register_profile(
+    "tandem", deadline=None, derandomize=True, database=None, suppress_health_check=[HealthCheck.too_slow]
+)
+settings.load_profile("tandem")
 
 
 class TransformersWithoutKernels:
