@@ -66,7 +66,7 @@ def markdown(report: dict[str, Any]) -> str:
         " | gateway µs/token | core | generator full at tokens/s |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
-    lines += map(row_markdown, report["http"] + report["grpc"])
+    lines += map(row_markdown, report.get("http", []) + report.get("grpc", []))
     return "\n".join([*lines, *gateway_overload.markdown(report)]) + "\n"
 
 
@@ -123,7 +123,7 @@ def main() -> None:
         load(cores, options.only)
         return
     file = RESULTS / "gateway.json"
-    report = json.loads(file.read_text()) if options.part else {}
+    report = json.loads(file.read_text()) if options.part and file.exists() else {}
     report |= {"machine": machine(), "goals": GOALS | gateway_overload.GOALS}
     report |= {name: PARTS[name](cores) for name in options.part or PARTS}
     file.write_text(json.dumps(report, indent=1) + "\n")

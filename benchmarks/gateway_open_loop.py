@@ -9,8 +9,9 @@ import random
 import socket
 import sys
 import time
-from collections.abc import Awaitable, Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import grpc.aio
 import uvloop
@@ -20,6 +21,9 @@ from protos.tandem.v1 import inference_pb2, inference_pb2_grpc
 
 NUM_CHANNELS = 8
 TIMEOUT_S = 30.0
+WARM_UP_S = 3.0
+GOOD_S = 3.0
+"""Answers that take longer are late."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,6 +119,27 @@ async def play(load: Arrivals) -> list[Outcome]:
     return outcomes
 
 
+def summary(outcomes: Sequence[Outcome], seconds: float) -> dict[str, Any]:
+    """Rates and times of those that started behind the warm-up."""
+    seen = [each for each in outcomes if each.start_s >= WARM_UP_S]
+    seconds -= WARM_UP_S
+    num_good = sum(each.ok and each.seconds <= GOOD_S for each in seen)
+    refusals_ms = sorted(1e3 * each.seconds for each in seen if each.refused)
+    return {
+        "offered_per_s": len(seen) / seconds,
+        "goodput_per_s": num_good / seconds,
+        "late_per_s": (sum(each.ok for each in seen) - num_good) / seconds,
+        "refused_per_s": len(refusals_ms) / seconds,
+        "lost": sum(not each.ok and not each.refused for each in seen),
+        "refusal_p50_ms": _quantile(refusals_ms, 0.5),
+        "refusal_p99_ms": _quantile(refusals_ms, 0.99),
+    }
+
+
+def _quantile(values: Sequence[float], q: float) -> float | None:
+    return values[int(len(values) * q)] if values else None
+
+
 async def be_idle(address: str, count: int, opening: bytes) -> None:
     """Connections that say `opening` and nothing more, until this process is ended."""
     host, port = address.rsplit(":", 1)
@@ -147,7 +172,8 @@ async def read_nothing(address: str, count: int) -> None:
 if __name__ == "__main__":
     match sys.argv[1:]:
         case ["load", text]:
-            print(json.dumps([asdict(outcome) for outcome in uvloop.run(play(Arrivals(**json.loads(text))))]))
+            given = Arrivals(**json.loads(text))
+            print(json.dumps(summary(uvloop.run(play(given)), given.seconds)))
         case ["idle", address, count, opening]:
             uvloop.run(be_idle(address, int(count), bytes.fromhex(opening)))
         case ["slow", address, count]:

@@ -16,7 +16,7 @@ from typing import Any
 import psutil
 
 from benchmarks.gateway_load import Case, Stamps
-from benchmarks.gateway_open_loop import Arrivals
+from benchmarks.gateway_open_loop import GOOD_S, Arrivals
 from benchmarks.gateway_processes import Gateways, await_workers, gateways, run_client, running
 
 SLOTS, QUEUE = 64, 64
@@ -24,8 +24,7 @@ STEPS_PER_S, NUM_TOKENS = 25, 25
 CAPACITY = SLOTS * STEPS_PER_S / NUM_TOKENS
 """Requests per second."""
 
-WARM_UP_S, SECONDS = 3.0, 13.0
-GOOD_S = 3.0
+SECONDS = 13.0
 NUM_IDLE_HTTP, NUM_IDLE_GRPC, NUM_SLOW = 10_000, 1_000, 64
 HTTP2_PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes([0, 0, 0, 4, 0, 0, 0, 0, 0])
 GOALS = {"goodput_2x": 0.9, "goodput_5x": 0.8, "refusal_p99_ms": 50.0}
@@ -50,8 +49,8 @@ def limited() -> tuple[str, str]:
     return f"--max-concurrent-requests={SLOTS}", f"--max-waiting-requests={QUEUE}"
 
 
-def play(cores: Sequence[int], loads: Sequence[Arrivals]) -> list[list[dict[str, Any]]]:
-    """Outcomes of each of the loads, played at once."""
+def play(cores: Sequence[int], loads: Sequence[Arrivals]) -> list[dict[str, Any]]:
+    """What became of each of the loads, played at once."""
     with contextlib.ExitStack() as stack:
         clients: list[subprocess.Popen[str]] = [
             stack.enter_context(
@@ -60,27 +59,6 @@ def play(cores: Sequence[int], loads: Sequence[Arrivals]) -> list[list[dict[str,
             for load in loads
         ]
         return [json.loads(client.communicate(timeout=120)[0]) for client in clients]
-
-
-def summary(outcomes: list[dict[str, Any]]) -> dict[str, Any]:
-    """Rates and times of those that started behind the warm-up."""
-    seen = [each for each in outcomes if each["start_s"] >= WARM_UP_S]
-    seconds = SECONDS - WARM_UP_S
-    good = [each for each in seen if each["ok"] and each["seconds"] <= GOOD_S]
-    refusals_ms = sorted(1e3 * each["seconds"] for each in seen if each["refused"])
-    return {
-        "offered_per_s": len(seen) / seconds,
-        "goodput_per_s": len(good) / seconds,
-        "late_per_s": sum(each["ok"] for each in seen) / seconds - len(good) / seconds,
-        "refused_per_s": len(refusals_ms) / seconds,
-        "lost": sum(not each["ok"] and not each["refused"] for each in seen),
-        "refusal_p50_ms": _quantile(refusals_ms, 0.5),
-        "refusal_p99_ms": _quantile(refusals_ms, 0.99),
-    }
-
-
-def _quantile(values: Sequence[float], q: float) -> float | None:
-    return values[int(len(values) * q)] if values else None
 
 
 def overload(cores: Sequence[int]) -> list[dict[str, Any]]:
@@ -97,7 +75,7 @@ def overload(cores: Sequence[int]) -> list[dict[str, Any]]:
                     seconds=SECONDS,
                     num_tokens=NUM_TOKENS,
                 )
-                row = {"face": face, "times": times} | summary(play(cores, [load])[0])
+                row = {"face": face, "times": times} | play(cores, [load])[0]
             print(row, flush=True)
             rows.append(row)
     return rows
@@ -117,7 +95,7 @@ def fairness(cores: Sequence[int]) -> dict[str, Any]:
             )
             for key, per_s in (("greedy", 4.0), ("modest", 0.25))
         ]
-        greedy, modest = (summary(outcomes) for outcomes in play(cores, loads))
+        greedy, modest = play(cores, loads)
     row = {"greedy": greedy, "modest": modest}
     print(row, flush=True)
     return row
@@ -173,7 +151,7 @@ def markdown(report: dict[str, Any]) -> list[str]:
         " | lost |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
-    for row in report["overload"]:
+    for row in report.get("overload", []):
         peak = max(each["goodput_per_s"] for each in report["overload"] if each["face"] == row["face"])
         share = row["goodput_per_s"] / peak
         lines.append(
@@ -182,7 +160,7 @@ def markdown(report: dict[str, Any]) -> list[str]:
             f" | {_ms(row['refusal_p50_ms'])} | {_ms(row['refusal_p99_ms'])} | {row['lost']} |"
         )
     lines += ["", "## Two API keys", "", "| key | requests/s | good/s | refused/s |", "|---|---|---|---|"]
-    for key, row in report["fairness"].items():
+    for key, row in report.get("fairness", {}).items():
         lines.append(
             f"| {key} | {row['offered_per_s']:.0f} | {row['goodput_per_s']:.1f}"
             f" | {row['refused_per_s']:.1f} |"
@@ -196,7 +174,7 @@ def markdown(report: dict[str, Any]) -> list[str]:
         "| beside | delay p50 ms | p99 ms | gateway µs/token | gateway grew by MiB |",
         "|---|---|---|---|---|",
     ]
-    for row in report["bystanders"]:
+    for row in report.get("bystanders", []):
         delay = row["delay_ms"]
         lines.append(
             f"| {row['beside']} | {delay['p50']:.1f} | {delay['p99']:.1f} | {row['gateway_us_per_token']:.1f}"
