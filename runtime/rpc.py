@@ -30,6 +30,10 @@ MAX_UNTAKEN_CALLS = 16_384
 1,000 it cancels some at random, though all of them would be admitted, or refused with a hint, in a moment."""
 
 
+MAX_UNTAKEN_S = 600
+"""How long they may wait: a call's own deadline ends it with the right status, gRPC's 30 s with CANCELLED."""
+
+
 def server(
     interceptors: list[grpc.aio.ServerInterceptor], *, max_message_bytes: int, share_port: bool = False
 ) -> grpc.aio.Server:
@@ -39,6 +43,7 @@ def server(
         ("grpc.so_reuseport", int(share_port)),
         ("grpc.http2.min_recv_ping_interval_without_data_ms", 5_000),
         ("grpc.http2.max_ping_strikes", 0),
+        ("grpc.server_max_unrequested_time_in_server", MAX_UNTAKEN_S),
         ("grpc.server.max_pending_requests", MAX_UNTAKEN_CALLS),
         ("grpc.server.max_pending_requests_hard_limit", MAX_UNTAKEN_CALLS),
         ("grpc.max_receive_message_length", max_message_bytes),
