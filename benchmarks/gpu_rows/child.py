@@ -9,7 +9,6 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict
 from importlib import import_module, metadata
-from importlib.util import find_spec
 from types import ModuleType
 from typing import Any
 
@@ -40,9 +39,12 @@ class StandIn(ModuleType):
 
 def without_grammars() -> None:
     """Steps without a grammar are measured also where llguidance is not installed."""
-    if find_spec("llguidance") is None:
-        for name in ("llguidance", "llguidance.numpy"):
-            sys.modules[name] = StandIn(name)
+    names = ("llguidance", "llguidance.numpy")
+    try:
+        for name in names:
+            import_module(name)
+    except ImportError:
+        sys.modules.update({name: StandIn(name) for name in names})
 
 
 def run(job: Job, say: Callable[[Message], None]) -> bool:

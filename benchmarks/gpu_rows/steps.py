@@ -3,6 +3,7 @@
 A step is `Engine.step`: schedule, batch, model, sampler and commit, until its tokens are known on the host.
 """
 
+import gc
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -25,7 +26,6 @@ from benchmarks.gpu_rows.serving import (
 )
 from benchmarks.gpu_rows.timing import Timing, time_wall
 from engine.engine import Engine
-from runtime.lifecycle import settle
 
 CONTEXT_LEN = 1024
 WARM_UPS = 8
@@ -127,7 +127,8 @@ class Steps:
             for _ in range(WARM_UPS):
                 engine.step()
             if not self._bench.rehearsal:  # a collection takes longer than all tiny steps
-                settle()
+                gc.collect()
+                gc.freeze()
             yield engine
         finally:
             stop_decoding(engine, requests)

@@ -4,6 +4,7 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import cycle, islice
 
 import torch
@@ -59,14 +60,25 @@ def time_device(bench: Bench, calls: Sequence[Call], rounds: int = 30) -> Timing
         return time_wall(bench, calls, rounds=2)
     count = max(len(calls), CALLS_PER_REPLAY)
     replay = captured(list(islice(cycle(calls), count)), warm_ups=len(calls))
+    return _between_events(bench, replay, count, rounds)
+
+
+def time_launched(bench: Bench, calls: Sequence[Call], rounds: int = 30) -> Timing:
+    """The same without a graph, for what cannot be captured: launches count where they take longer."""
+    count = max(len(calls), CALLS_PER_REPLAY)
+    in_turn = list(islice(cycle(calls), count))
+    return _between_events(bench, lambda: [call() for call in in_turn], count, rounds)
+
+
+def _between_events(bench: Bench, run: Call, count: int, rounds: int) -> Timing:
+    """`run` makes `count` calls; the rounds are queued without a pause."""
     for _ in range(2):
-        replay()
-    marks = [
-        (torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(rounds)
-    ]
+        run()
+    event = partial(torch.cuda.Event, enable_timing=True)
+    marks = [(event(), event()) for _ in range(rounds)]
     for start, end in marks:
         start.record()
-        replay()
+        run()
         end.record()
     bench.synchronize()
     return Timing.of([start.elapsed_time(end) * 1e-3 / count for start, end in marks])

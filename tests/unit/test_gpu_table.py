@@ -1,13 +1,16 @@
 """The GPU table: goals, floors, and what becomes of rows that fail."""
 
+import contextlib
 import importlib.util
 import json
 import sys
 
 import pytest
+import torch
 
 from benchmarks import gpu
-from benchmarks.gpu_rows import child, clocks, floors, spawn
+from benchmarks.gpu_rows import child, clocks, floors, spawn, timing
+from benchmarks.gpu_rows.bench import MATRIX, READ, Bench
 from benchmarks.gpu_rows.busy import covered
 from benchmarks.gpu_rows.catalogue import SECTIONS, catalogue
 from benchmarks.gpu_rows.conductor import Conductor
@@ -190,6 +193,73 @@ def test_clocks_are_those_of_a_gpu_at_work(monkeypatch):
     readings.close()
     assert readings.take() == "1940 MHz SM, 3201 MHz memory, 620 W, 50 °C"
     assert readings.take() == ""
+
+
+class FakeGpu:
+    """Of torch.cuda what timing needs. A replay counts the calls that were made during the capture; the time
+    of an event is the number of calls before it, in ms."""
+
+    L2_cache_size = 1000
+
+    def __init__(self, monkeypatch):
+        self.num_calls, self._captured = 0, 0
+        for name in ("Stream", "current_stream", "CUDAGraph"):
+            monkeypatch.setattr(torch.cuda, name, lambda *_: self)
+        for name in ("stream", "graph"):
+            monkeypatch.setattr(torch.cuda, name, self._recorded)
+        monkeypatch.setattr(torch.cuda, "Event", lambda enable_timing: FakeEvent(self))
+        monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: self)
+
+    def wait_stream(self, stream):
+        pass
+
+    def synchronize(self):
+        pass
+
+    @contextlib.contextmanager
+    def _recorded(self, graph, stream=None):
+        before = self.num_calls
+        yield
+        self._captured = self.num_calls - before
+
+    def replay(self):
+        self.num_calls += self._captured
+
+    def call(self):
+        self.num_calls += 1
+
+
+class FakeEvent:
+    def __init__(self, gpu):
+        self._gpu, self._at = gpu, 0
+
+    def record(self):
+        self._at = self._gpu.num_calls
+
+    def elapsed_time(self, end):
+        return end._at - self._at
+
+
+@pytest.mark.parametrize("time", [timing.time_device, timing.time_launched])
+@pytest.mark.parametrize("num_calls", [1, 5, 40])
+def test_device_time_is_that_of_one_call(monkeypatch, time, num_calls):
+    fake = FakeGpu(monkeypatch)
+    here = Bench(section="kernels", device=torch.device("cuda"), rehearsal=False)
+    measured = time(here, [fake.call] * num_calls, rounds=3)
+    assert (measured.seconds, measured.spread, measured.rounds) == (pytest.approx(1e-3), 0.0, 3)
+
+
+def test_sets_of_inputs_exceed_the_cache(monkeypatch):
+    FakeGpu(monkeypatch)
+    here = Bench(section="kernels", device=torch.device("cuda"), rehearsal=False)
+    assert [timing.num_sets(here, size) for size in (1, 1000, 1500, 4000, 9000)] == [64, 4, 3, 1, 1]
+
+
+def test_a_floor_is_the_longest_of_its_needs():
+    here = Bench(section="", device=torch.device("cpu"), rehearsal=False, ceilings={READ: 2.0, MATRIX: 1.0})
+    assert here.floor_s(read=4e9, flops=1e12) == 2.0
+    assert here.floor_s(read=4e9, copied=1) is None
 
 
 def test_overlapping_kernels_count_once():
