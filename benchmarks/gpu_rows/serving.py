@@ -73,9 +73,8 @@ def stop_decoding(engine: Engine, requests: Sequence[Request]) -> None:
         engine.step()
 
 
-def prefill(engine: Engine, prompt_len: int) -> None:
+def prefill(engine: Engine, request: Request) -> None:
     """One prompt from its first chunk to its first token, as on a prefill worker."""
-    request = make_request(engine.facts.vocab_size, prompt_len, 1, prefill_only=True)
     engine.submit(request)
     while request.state is not RequestState.HELD:
         engine.step()

@@ -20,6 +20,7 @@ from benchmarks.gpu_rows.serving import (
     ROOM,
     engine_config,
     make_engine,
+    make_request,
     prefill,
     start_decoding,
     stop_decoding,
@@ -29,6 +30,7 @@ from engine.engine import Engine
 
 CONTEXT_LEN = 1024
 WARM_UPS = 8
+PREFILL_WARM_UPS = 2
 PROFILED_STEPS = 12
 
 
@@ -84,12 +86,15 @@ class Steps:
         return Measured(value=timing.seconds * 1e3, floor=scaled(floor, 1e3), details=details)
 
     def prefill_row(self, prompt_len: int) -> Measured:
-        """A prompt in one chunk of its own, until its first token is known."""
+        """A prompt in one chunk of its own, until its first token is known; no two prompts share a prefix."""
         prompt_len = self._bench.pick(prompt_len, prompt_len // 64)
-        engine = self._make_engine({})
-        timing = time_wall(
-            self._bench, [lambda: prefill(engine, prompt_len)], rounds=self._bench.pick(5, 2), warm_ups=2
-        )
+        engine, rounds = self._make_engine({}), self._bench.pick(7, 2)
+        prompts = [
+            make_request(self._shape.vocab, prompt_len, 1, prefill_only=True)
+            for _ in range(PREFILL_WARM_UPS + rounds)
+        ]
+        calls = [partial(prefill, engine, prompt) for prompt in prompts]
+        timing = time_wall(self._bench, calls, rounds=rounds, warm_ups=PREFILL_WARM_UPS)
         flops = floors.prefill_flops(self._shape, prompt_len)
         details = timing.details | {
             "TFLOP": round(flops * 1e-12, 3), "tokens/s": round(prompt_len / timing.seconds),
