@@ -16,7 +16,7 @@ from typing import Any
 from benchmarks.gpu_rows.catalogue import SECTIONS, catalogue
 from benchmarks.gpu_rows.clocks import Clocks
 from benchmarks.gpu_rows.conductor import Conductor
-from benchmarks.gpu_rows.report import markdown, row_markdown
+from benchmarks.gpu_rows.report import markdown, row_markdown, unmeasured
 from benchmarks.gpu_rows.row import Row
 from benchmarks.gpu_rows.spawn import spawn
 from benchmarks.machine import machine, output_of
@@ -27,11 +27,14 @@ RESULTS = Path(__file__).parent / "results"
 def main() -> int:
     """Exit code 2: there is nothing to measure on."""
     options = parser().parse_args()
+    rows = [row for row in catalogue() if not options.only or row.section in options.only]
+    if options.list:
+        print(unmeasured(rows), end="")
+        return 0
     problem = unusable(options)
     if problem:
         print(f"error: {problem}", file=sys.stderr)
         return 2
-    rows = [row for row in catalogue() if not options.only or row.section in options.only]
     report = measure(rows, options)
     print(markdown(report))
     return 0
@@ -42,6 +45,7 @@ def parser() -> argparse.ArgumentParser:
     known = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__)
     known.add_argument("--budget-s", type=float, default=450.0, help="seconds that all of it may take")
     known.add_argument("--only", nargs="+", choices=SECTIONS, default=[], help="sections; all if not given")
+    known.add_argument("--list", action="store_true", help="print rows and goals, measure nothing")
     known.add_argument("--out", type=Path, help="folder for gpu.json and gpu.md")
     known.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     known.add_argument("--rehearse", "--tiny", action="store_true", help="tiny sizes; writes to --out alone")

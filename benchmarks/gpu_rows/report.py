@@ -1,9 +1,13 @@
 """The report of `make bench-gpu` as a Markdown table."""
 
 from collections import Counter
+from collections.abc import Sequence
 from typing import Any
 
+from benchmarks.gpu_rows.row import Row, result
+
 REHEARSAL = "**Rehearsal**: tiny sizes on a CPU. No number here means anything."
+NO_GPU = "Nothing is measured yet: `make bench-gpu` on a GPU overwrites this page. No row is estimated."
 METHOD = """\
 Floors are made of this run's own read bandwidth, copy bandwidth and matrix product; a ratio is measured ÷
 what stands beside it. Weights are random, decoding is greedy, contexts are 1k unless named. A step is
@@ -19,6 +23,13 @@ def markdown(report: dict[str, Any]) -> str:
     """The whole page."""
     lines = ["# On a GPU", "", *_preamble(report), "", HEADER, *map(row_markdown, report["rows"]), ""]
     lines += _versions(report)
+    return "\n".join(lines) + "\n"
+
+
+def unmeasured(rows: Sequence[Row]) -> str:
+    """The page before anything is measured: rows and goals."""
+    results = [result(row, None, "no GPU was at hand") for row in rows]
+    lines = ["# On a GPU", "", NO_GPU, "", HEADER, *map(row_markdown, results)]
     return "\n".join(lines) + "\n"
 
 

@@ -273,6 +273,13 @@ def test_rows_are_named_once_and_by_worth():
     assert list(dict.fromkeys(sections)) == list(SECTIONS)
 
 
+def test_rows_and_goals_can_be_listed_without_a_gpu(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["gpu", "--list"])
+    assert gpu.main() == 0
+    table = capsys.readouterr().out
+    assert all(f"| {row.name} | unmeasured: no GPU was at hand |" in table for row in catalogue())
+
+
 def test_without_a_gpu_there_is_one_line(monkeypatch, capsys):
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     monkeypatch.setattr(sys, "argv", ["gpu"])
