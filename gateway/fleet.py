@@ -174,10 +174,12 @@ class Fleet:
 
     def _describe(self, worker: Registration) -> dict[str, Any]:
         load = self.load(worker.worker_id)
+        client = self._clients.get(worker.worker_id)
         return {
             "id": worker.worker_id,
             "role": SOURCES[worker.info.role].value,
             "state": worker.state.value,
+            "attached": client is not None and client.connected,
             "address": worker.info.identity.address,
             "http": worker.info.http,
             "pid": worker.info.pid,

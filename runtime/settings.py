@@ -153,3 +153,5 @@ class UpSettings(GatewaySettings, EngineSettings):
     """GPUs of the decode workers, for example 2,3: --decode-tp for each in turn; empty: the CPU."""
     transport: Transport = "auto"
     """How KV slabs move between workers."""
+    restart_stuck_after_s: Annotated[float, Field(gt=0)] = 30.0
+    """A worker that was ready, lives and has not been ready again for so long is killed and started again."""

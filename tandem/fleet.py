@@ -5,7 +5,8 @@
    addresses of all of them.
 2. The fleet is ready when GET /ready is 200 and /debug/state lists every worker as ready. A child that dies
    before that ends the fleet: its `error:` line becomes our StartupError.
-3. From then on a child that dies is started again after a back-off, the gateway on the same ports.
+3. From then on a child that dies is started again after a back-off, the gateway on the same ports. A worker
+   that lives and has not been ready for long (`stuck`) is killed, and so started again.
 4. To stop, the gateway gets SIGTERM first and drains, then the workers; what is left is killed.
 """
 
@@ -23,6 +24,7 @@ from runtime.lifecycle import Shutdown
 from runtime.limits import DRAIN_TIMEOUT_S
 from tandem.child import Child
 from tandem.restarts import CRASH_WINDOW_S, FIRST_DELAY_S, MAX_CRASHES, RestartPolicy
+from tandem.stuck import ANSWER_S, LOOK_S, StuckWorkers
 
 logger = logging.getLogger(__name__)
 
@@ -76,6 +78,8 @@ class FleetPlan:
     """What /debug/state asks for when it is not reached over loopback."""
     first_restart_delay_s: float = FIRST_DELAY_S
     """Wait before the first restart of a child; doubles from there."""
+    restart_stuck_after_s: float = 30.0
+    """A worker that was ready and has not been for so long is killed."""
 
 
 class Member:
@@ -92,6 +96,11 @@ class Member:
         self.ended = asyncio.Event()
         """Clear while there is a child, or one is being started."""
         self.ended.set()
+
+    @property
+    def pid(self) -> int:
+        """Of the last child; 0 before the first."""
+        return self.child.pid if self.child is not None else 0
 
     async def run_once(self, env: Mapping[str, str], on_stdout: Callable[[str], None]) -> None:
         """Start a child and stay until it has ended."""
@@ -116,6 +125,10 @@ class Member:
     def kill(self) -> None:
         """End the child and all it started, at once."""
         self.stopping = True
+        self.end_life()
+
+    def end_life(self) -> None:
+        """End the child and all it started, at once; another one follows."""
         if self.child is not None:
             self.child.kill()
 
@@ -169,6 +182,7 @@ class Fleet:
             try:
                 if await self._start(tasks, shutdown):
                     self._started = True
+                    tasks.create_task(self._restart_stuck(shutdown))
                     on_ready(self.listening)
                     await shutdown.requested.wait()
             finally:
@@ -187,11 +201,14 @@ class Fleet:
                 return False
         for worker in self._workers:
             tasks.create_task(self._keep(worker, shutdown))
-        headers = {"authorization": f"Bearer {self._plan.admin_key}"} if self._plan.admin_key else {}
-        async with httpx.AsyncClient(
-            base_url=_reachable(self.listening.http), headers=headers, trust_env=False, timeout=5.0
-        ) as http:
+        async with self._client(timeout_s=5.0) as http:
             return await self._until(lambda: self._is_ready(http), shutdown)
+
+    def _client(self, *, timeout_s: float) -> httpx.AsyncClient:
+        """For the gateway's /ready and /debug/state."""
+        headers = {"authorization": f"Bearer {self._plan.admin_key}"} if self._plan.admin_key else {}
+        url = _reachable(self.listening.http)
+        return httpx.AsyncClient(base_url=url, headers=headers, trust_env=False, timeout=timeout_s)
 
     async def _until(self, condition: Callable[[], Awaitable[bool]], shutdown: Shutdown) -> bool:
         said_s = self._clock.now()
@@ -250,6 +267,19 @@ class Fleet:
             if await _set_within(shutdown.requested, delay_s):
                 return
 
+    async def _restart_stuck(self, shutdown: Shutdown) -> None:
+        """Kill workers that live and are of no use to the gateway, until the fleet stops."""
+        stuck = StuckWorkers(self._clock, self._plan.restart_stuck_after_s)
+        async with self._client(timeout_s=ANSWER_S) as http:
+            while not await _set_within(shutdown.requested, LOOK_S):
+                useful = await _useful_pids(http)
+                if useful is None:
+                    continue
+                lives = {worker.pid: worker for worker in self._workers if not worker.ended.is_set()}
+                for pid in stuck.observe(lives.keys(), useful):
+                    logger.error("%s lives and does not serve: it is killed", lives[pid].name)
+                    lives[pid].end_life()
+
     def _on_stdout(self, member: Member, line: str) -> None:
         listening = Listening.parse(line) if member in self._gateways and line.strip() else None
         if listening is None:
@@ -282,6 +312,22 @@ class Fleet:
 def gateway_names(count: int) -> list[str]:
     """Names of the gateway processes."""
     return ["gateway"] if count == 1 else [f"gateway-{index}" for index in range(count)]
+
+
+async def _useful_pids(http: httpx.AsyncClient) -> set[int] | None:
+    """Processes of the workers that serve, or drain, as the gateway knows them; None if it does not say."""
+    try:
+        state = await http.get("/debug/state")
+    except httpx.HTTPError:
+        return None
+    if state.status_code != 200:
+        return None
+    workers = state.json()["workers"]
+    return {
+        worker["pid"]
+        for worker in workers
+        if worker["state"] == "draining" or (worker["state"] == "ready" and worker["attached"])
+    }
 
 
 async def _set_within(event: asyncio.Event, seconds: float) -> bool:

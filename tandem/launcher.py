@@ -120,6 +120,7 @@ def fleet_plan(
         workers=workers,
         env=env,
         admin_key=settings.admin_key,
+        restart_stuck_after_s=settings.restart_stuck_after_s,
     )
 
 

@@ -1,4 +1,4 @@
-"""kill -9 of any process heals, and leaves nobody behind."""
+"""kill -9 of any process heals, and leaves nobody behind; so does a hang that never ends."""
 
 import itertools
 import os
@@ -85,3 +85,21 @@ def test_everything_else_comes_back_too(up: Up, role: str) -> None:
     after = children(up)
     assert pid not in after
     assert len(before.keys() & after.keys()) == len(before) - 1  # and nobody else was touched
+
+
+@pytest.mark.long
+def test_a_worker_whose_step_hangs_for_good_is_started_again() -> None:
+    """It is the only one: the stream waits for its next life and goes on."""
+    up = Up("--prefill=0", "--restart-stuck-after-s=2")
+    try:
+        prompt = [3, 4, 5]
+        want = up.complete(prompt, temperature=0, max_tokens=200, ignore_eos=True)["choices"][0]["token_ids"]
+        up.points.arm("decode.step", "hang")
+        answer = up.complete(prompt, temperature=0, max_tokens=200, ignore_eos=True)
+        (pid,) = up.points.hits("decode.step")
+        assert answer["choices"][0]["token_ids"] == want
+        assert not psutil.pid_exists(pid)
+        assert "decode-0 lives and does not serve" in up.stderr
+        eventually(up.is_quiet, 5, "quiet")
+    finally:
+        up.stop()

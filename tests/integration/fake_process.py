@@ -3,7 +3,7 @@
 It obeys variables: FAKE_DIR is where it writes one file per event; FAKE_FAIL names a role or worker id that
 cannot start; FAKE_CRASH one that dies as soon as the file `crash` is there; FAKE_STUBBORN one that ignores
 SIGTERM; FAKE_DRAIN_S is how long the gateway drains.
-Every worker that started within FAKE_DIR counts as ready at the gateway.
+Every worker that started within FAKE_DIR counts as ready at the gateway, but for the pid in the file `stuck`.
 """
 
 import json
@@ -31,10 +31,16 @@ def record(event):
         file.write(json.dumps(line) + "\n")
 
 
+def worker(path):
+    """As the gateway lists it."""
+    pid, stuck = int(path.read_text()), DIR / "stuck"
+    is_down = stuck.exists() and int(stuck.read_text()) == pid
+    return {"id": path.name, "pid": pid, "state": "down" if is_down else "ready", "attached": not is_down}
+
+
 class Handler(BaseHTTPRequestHandler):
     def do_GET(self):
-        workers = [{"id": path.name, "state": "ready"} for path in (DIR / "workers").iterdir()]
-        body = json.dumps({"workers": workers}).encode()
+        body = json.dumps({"workers": [worker(path) for path in (DIR / "workers").iterdir()]}).encode()
         self.send_response(200)
         self.send_header("content-length", str(len(body)))
         self.end_headers()
@@ -62,7 +68,9 @@ def main():
             flush=True,
         )
     else:
-        (DIR / "workers" / NAME).touch()
+        draft = DIR / f"draft-{NAME}"
+        draft.write_text(str(os.getpid()))
+        draft.rename(DIR / "workers" / NAME)
         print("a word on stdout", flush=True)
     while os.environ.get("FAKE_CRASH") == NAME and not stop.wait(0.01):
         if (DIR / "crash").exists():
