@@ -37,7 +37,7 @@ from kvtransfer.transport import NUM_SLABS, Transport
 from protos.tandem.v1 import common_pb2, kvlink_pb2, kvlink_pb2_grpc
 from runtime import rpc
 from runtime.clock import SystemClock
-from runtime.errors import InvalidRequest, TandemError, Unavailable
+from runtime.errors import InvalidRequest, LinkFailed, TandemError
 from runtime.limits import LINK_TIMEOUT_S
 from worker.control_stream import ControlStream, Envelope
 from worker.epoch import Failure, LinkCounts, drive
@@ -232,7 +232,7 @@ class DecodeLink:
                 self._moved.update()
                 self._intake.committed(event.transfer_id)
             case TransferFailed():
-                error = Unavailable(f"KV transfer: {event.reason}", retryable=event.retryable)
+                error = LinkFailed(f"KV transfer: {event.reason}", retryable=event.retryable)
                 self._intake.failed(event.transfer_id, error)
 
 

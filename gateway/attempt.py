@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 from protos.tandem.v1 import common_pb2 as pb
 from runtime import errors
-from runtime.errors import Internal, TandemError, Unavailable
+from runtime.errors import Internal, LinkFailed, TandemError, Unavailable
 
 ERRORS_BY_CODE: dict[int, type[TandemError]] = {
     1: errors.Cancelled,
@@ -232,6 +232,6 @@ def _agrees(frame: pb.TokenFrame, seen: list[int]) -> bool:
 
 
 def _to_error(failed: pb.AttemptFailed) -> TandemError:
-    cls = ERRORS_BY_CODE.get(failed.code, Internal)
-    retry_after_s = 1.0 if cls in (errors.Overloaded, Unavailable) else None
+    cls = LinkFailed if failed.at_link else ERRORS_BY_CODE.get(failed.code, Internal)
+    retry_after_s = 1.0 if cls in (errors.Overloaded, Unavailable, LinkFailed) else None
     return cls(failed.message or "the worker failed", retryable=failed.retryable, retry_after_s=retry_after_s)

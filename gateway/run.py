@@ -30,7 +30,15 @@ from gateway.tracing import RequestTrace
 from gateway.trials import Watch
 from protos.tandem.v1 import common_pb2 as pb
 from runtime.clock import SystemClock
-from runtime.errors import Cancelled, DeadlineExceeded, Internal, Preempted, TandemError, Unavailable
+from runtime.errors import (
+    Cancelled,
+    DeadlineExceeded,
+    Internal,
+    LinkFailed,
+    Preempted,
+    TandemError,
+    Unavailable,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -305,8 +313,8 @@ class RequestRun:
             failed.error.message,
             extra={"request_id": self._request.request_id},
         )
-        if culprit is not None:
-            self._avoid.add(culprit)
+        suspects = (route.prefill, route.decode) if isinstance(failed.error, LinkFailed) else (culprit,)
+        self._avoid.update(worker_id for worker_id in suspects if worker_id is not None)
         if not failed.worker_lost:
             await asyncio.sleep(RETRY_PAUSE_S)
         return ends

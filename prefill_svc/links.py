@@ -44,7 +44,7 @@ from protos.tandem.v1 import common_pb2, kvlink_pb2, kvlink_pb2_grpc
 from runtime import faultpoints, rpc
 from runtime.access import call_metadata
 from runtime.clock import SystemClock
-from runtime.errors import TandemError, Unavailable
+from runtime.errors import LinkFailed, TandemError, Unavailable
 from runtime.limits import LINK_TIMEOUT_S
 from worker.attach import AttemptKey
 from worker.control_stream import ControlStream, Envelope
@@ -214,7 +214,7 @@ class PrefillLink:
         kept = {item.commit.transfer_id for item in self._unacknowledged}
         for transfer_id in [known for known in self._exports if known not in kept]:
             export = self._exports.pop(transfer_id)
-            self._owner.failed(export.key, Unavailable(f"KV link: {error.message}", retryable=True))
+            self._owner.failed(export.key, LinkFailed(f"KV link: {error.message}", retryable=True))
 
     async def _epoch(self) -> None:
         """One epoch from the connection to its end. Commits left over from the epoch before have this one
@@ -323,7 +323,7 @@ class PrefillLink:
                 self._owner.committed(export.key)
             case TransferFailed():
                 del self._exports[event.transfer_id]
-                self._owner.failed(export.key, Unavailable(event.reason, retryable=event.retryable))
+                self._owner.failed(export.key, LinkFailed(event.reason, retryable=event.retryable))
 
 
 async def _requests(stream: ControlStream) -> AsyncIterator[kvlink_pb2.OpenRequest]:

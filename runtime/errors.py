@@ -126,6 +126,10 @@ class Unavailable(TandemError):
     reason = "UNAVAILABLE"
 
 
+class LinkFailed(Unavailable):
+    """The KV link between two workers failed under a request; either of them may be to blame."""
+
+
 class DeadlineExceeded(TandemError):
     """The request's time is over."""
 

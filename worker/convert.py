@@ -6,7 +6,7 @@ from engine.engine import StepOutput
 from engine.request import FinishReason, Request, SamplingParams, TokenLogprob
 from engine.sampler import NO_TOKEN
 from protos.tandem.v1 import common_pb2 as pb
-from runtime.errors import TandemError
+from runtime.errors import LinkFailed, TandemError
 from runtime.grammars import Grammar
 from worker.choices import to_beams, with_choices
 
@@ -118,6 +118,9 @@ def attempt_end(request: int, attempt: int, output: StepOutput) -> pb.AttemptEnd
 def attempt_failed(request: int, attempt: int, error: TandemError) -> pb.AttemptEnd:
     """An attempt's end by an error."""
     failed = pb.AttemptFailed(
-        code=grpc.StatusCode[error.code].value[0], message=error.message, retryable=error.retryable
+        code=grpc.StatusCode[error.code].value[0],
+        message=error.message,
+        retryable=error.retryable,
+        at_link=isinstance(error, LinkFailed),
     )
     return pb.AttemptEnd(request=request, attempt=attempt, failed=failed)

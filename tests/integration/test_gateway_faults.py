@@ -90,6 +90,16 @@ async def test_retryable_refusals_move_on_and_three_are_the_end() -> None:
         await made.quiet()
 
 
+async def test_a_broken_link_is_left_by_both_of_its_ends() -> None:
+    """A decode worker that hangs may show at a link of its first, as a failure of the prefill worker."""
+    broken = pb.AttemptFailed(code=14, message="KV link: the peer was silent", retryable=True, at_link=True)
+    async with cluster(*TWO_AND_TWO) as made, http(made) as client:
+        made.workers["d1"].faults.ignore_next = 99
+        made.workers["p1"].faults.fail_next = [broken]
+        await run(client, made)
+        assert [submit.attempt for submit in made.workers["d1"].submits] == [0]
+
+
 async def test_final_failure_is_not_retried() -> None:
     async with cluster(*TWO_AND_TWO) as made, http(made) as client:
         made.workers["d1"].faults.fail_next = [pb.AttemptFailed(code=13, message="NaN logits")]

@@ -159,6 +159,7 @@ ON_GPUS = [pytest.param(name, marks=pytest.mark.gpu) for name in ("cuda_ipc", "n
 @pytest.mark.parametrize("kind", ["shm", *ON_GPUS])
 def test_equal_blocks_arrive_and_nothing_is_left_of_a_killed_sender(spawn, kind):
     (peer,) = spawn((kv_peer.run_sender, 3.0, kind))
+    gc.collect()  # those of links before
     before = mapped_segments(), set(os.listdir("/dev/shm"))
     receiver = peer.open(3.0, kind)
     peer.serve(receiver)

@@ -319,14 +319,16 @@ class HandedOver(_message.Message):
     def __init__(self) -> None: ...
 
 class AttemptFailed(_message.Message):
-    __slots__ = ("code", "message", "retryable")
+    __slots__ = ("code", "message", "retryable", "at_link")
     CODE_FIELD_NUMBER: _ClassVar[int]
     MESSAGE_FIELD_NUMBER: _ClassVar[int]
     RETRYABLE_FIELD_NUMBER: _ClassVar[int]
+    AT_LINK_FIELD_NUMBER: _ClassVar[int]
     code: int
     message: str
     retryable: bool
-    def __init__(self, code: _Optional[int] = ..., message: _Optional[str] = ..., retryable: _Optional[bool] = ...) -> None: ...
+    at_link: bool
+    def __init__(self, code: _Optional[int] = ..., message: _Optional[str] = ..., retryable: _Optional[bool] = ..., at_link: _Optional[bool] = ...) -> None: ...
 
 class WorkerLoad(_message.Message):
     __slots__ = ("requests_running", "requests_waiting", "queued_prefill_tokens", "blocks_total", "blocks_used", "blocks_cached", "transfers")
