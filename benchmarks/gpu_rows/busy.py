@@ -21,7 +21,7 @@ def busy(bench: Bench, run: Callable[[], object]) -> Busy:
     """Of one run. The profiler slows the host down but not the kernels: only their own time is used."""
     on_gpu = bench.device.type == "cuda"
     activity = ProfilerActivity.CUDA if on_gpu else ProfilerActivity.CPU
-    with profile(activities=[activity]) as record:
+    with profile(activities=[activity], acc_events=True) as record:
         run()
         bench.synchronize()
     wanted = DeviceType.CUDA if on_gpu else DeviceType.CPU
