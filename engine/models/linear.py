@@ -1,5 +1,7 @@
 """Linear layers, with their weights in the layout that is fastest where they run."""
 
+import functools
+import logging
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -12,6 +14,11 @@ MIN_PACKED_ELEMENTS = 1 << 22
 
 TYPICAL_ROWS = 512
 """For which oneDNN chooses the layout; it is close to the best from 1 to 2048 rows (measured on Zen 3)."""
+
+
+TRIED_ROWS = (4, 5, 16, 33, 64, 130)
+
+logger = logging.getLogger(__name__)
 
 
 class Linear(Protocol):
@@ -42,7 +49,8 @@ class PlainLinear:
 class PackedLinear:
     """The weight in oneDNN's blocked layout: up to twice as fast for few rows, equal for many.
 
-    A row's bits do not depend on the other rows (measured from 1 to 512 rows, fp32, AVX2).
+    A row's bits must not depend on the other rows. That holds for oneDNN 3.12 (torch 2.13, fp32, AVX2, from 1
+    to 512 rows) but not for 3.10 (torch 2.11), so it is tried before the first weight is packed.
     """
 
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
@@ -60,6 +68,19 @@ def _packable(weight: Tensor) -> bool:
         return False
     if not torch.backends.mkldnn.is_available():
         return False
-    if weight.dtype == torch.bfloat16:
-        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
-    return weight.dtype == torch.float32
+    if weight.dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        return False
+    return weight.dtype in (torch.float32, torch.bfloat16) and packed_rows_are_independent(weight.dtype)
+
+
+@functools.cache
+def packed_rows_are_independent(dtype: torch.dtype) -> bool:
+    """Whether this oneDNN on this processor gives a row the same bits whatever rows are beside it."""
+    noise = torch.Generator().manual_seed(0)
+    layer = PackedLinear(torch.randn(640, 320, generator=noise).to(dtype), None)
+    x = torch.randn(max(TRIED_ROWS), 320, generator=noise).to(dtype)
+    together = layer.apply(x)
+    independent = all(torch.equal(layer.apply(x[:rows]), together[:rows]) for rows in TRIED_ROWS)
+    if not independent:
+        logger.warning("oneDNN's packed products depend on the batch here: weights stay as they are")
+    return independent

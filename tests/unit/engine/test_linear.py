@@ -13,12 +13,21 @@ pytestmark = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason
 
 @pytest.fixture
 def packs_all(monkeypatch, tiny_model):
+    if not module.packed_rows_are_independent(torch.float32):
+        pytest.skip("this oneDNN's packed products depend on the batch")
     monkeypatch.setattr(module, "MIN_PACKED_ELEMENTS", 0)
 
 
 def test_small_weights_stay_as_they_are():
     assert isinstance(linear(torch.randn(8, 8)), PlainLinear)
     assert isinstance(linear(torch.randn(8, 8).half()), PlainLinear)
+
+
+def test_an_op_whose_rows_depend_on_one_another_is_not_used(packs_all, monkeypatch):
+    monkeypatch.setattr(module.PackedLinear, "apply", lambda self, x: x + len(x))
+    module.packed_rows_are_independent.cache_clear()
+    assert isinstance(linear(torch.randn(8, 8)), PlainLinear)
+    module.packed_rows_are_independent.cache_clear()
 
 
 @pytest.mark.parametrize("bias", [None, torch.linspace(-1, 1, 96)])
