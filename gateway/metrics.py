@@ -4,6 +4,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 from gateway.attempt import Failed
 from runtime import errors
+from runtime.log_metrics import DroppedLines
 from runtime.loop_metrics import LoopCounter, LoopHistogram
 from runtime.metrics import DURATION_BUCKETS, LAG_BUCKETS, PREFIX, TOKEN_BUCKETS, TTFT_BUCKETS
 
@@ -84,6 +85,7 @@ class GatewayMetrics:
         )
         self.running = self._gauge("num_requests_running", "Requests in flight at the gateway")
         self.waiting = self._gauge("num_requests_waiting", "Requests that wait for admission at the gateway")
+        self.registry.register(DroppedLines())
 
     def attempt_failed(self, failed: Failed, num_emitted: int) -> None:
         """Another attempt follows, behind `num_emitted` tokens."""

@@ -1,9 +1,16 @@
-"""Logging of a process: text for a person at a terminal, JSON lines for a collector."""
+"""Logging of a process: text for a person at a terminal, JSON lines for a collector.
 
+Nobody waits for whoever reads stderr, or does not: all that Python writes there goes through a PatientStream.
+"""
+
+import atexit
+import io
 import json
 import logging
 import sys
 import time
+
+from runtime.patient_stream import PatientStream
 
 OURS = (
     "gateway",
@@ -19,6 +26,9 @@ OURS = (
 """Packages that log at the level asked for; of others only warnings: nobody knows whom they quote."""
 
 LEVELS = {name: getattr(logging, name.upper()) for name in ("debug", "info", "warning", "error")}
+
+LAST_WORDS_S = 1.0
+"""What waits to be written at the end of a process has this long."""
 
 FIELDS = ("request_id", "worker", "link")
 
@@ -47,7 +57,8 @@ class JsonFormatter(logging.Formatter):
 
 
 def setup(service: str, level: str, style: str) -> None:
-    """Send all logging to stderr; `style` is auto, text or json."""
+    """Send all logging to stderr, which never blocks from now on; `style` is auto, text or json."""
+    _make_patient()
     handler = logging.StreamHandler(sys.stderr)
     if style == "json" or (style == "auto" and not sys.stderr.isatty()):
         handler.setFormatter(JsonFormatter(service))
@@ -58,3 +69,19 @@ def setup(service: str, level: str, style: str) -> None:
     logging.basicConfig(level=max(logging.WARNING, LEVELS[level]), handlers=[handler], force=True)
     for package in OURS:
         logging.getLogger(package).setLevel(LEVELS[level])
+
+
+def last_words() -> None:
+    """Before a process leaves: what was logged gets out, unless nobody reads it."""
+    if isinstance(sys.stderr, PatientStream):
+        sys.stderr.drain(LAST_WORDS_S)
+
+
+def _make_patient() -> None:
+    if isinstance(sys.stderr, PatientStream):
+        return
+    try:
+        sys.stderr = PatientStream(sys.stderr.fileno())
+    except io.UnsupportedOperation:
+        return  # somebody has put memory in its place, which never blocks
+    atexit.register(last_words)

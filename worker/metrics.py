@@ -9,6 +9,7 @@ from prometheus_client.registry import Collector
 from engine.outputs import Preempted, PrefixCacheStats, StepResult
 from engine.plan import Scheduled
 from protos.tandem.v1 import common_pb2 as pb
+from runtime.log_metrics import DroppedLines
 from runtime.metrics import (
     BATCH_BUCKETS,
     LAG_BUCKETS,
@@ -73,6 +74,7 @@ class WorkerMetrics:
             "num_preemptions_total", "Running requests that lost their KV blocks.", ["mode"]
         )
         self.blocks_swapped = gauge("kv_blocks_swapped", "KV blocks of preempted requests in host memory.")
+        self.registry.register(DroppedLines())
         self.side = side
 
     def watch_prefix_cache(self, stats: PrefixCacheStats) -> None:

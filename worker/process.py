@@ -29,7 +29,7 @@ def main(role: str, load: Callable[[], Serve]) -> None:
     serve = load()
     code = lifecycle.run(lambda shutdown: serve(settings, shutdown))
     sys.stdout.flush()
-    sys.stderr.flush()
+    logs.last_words()
     os._exit(code)
 
 

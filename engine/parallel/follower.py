@@ -209,5 +209,5 @@ def _end_with_leader(follower: Follower) -> None:
 
 if __name__ == "__main__":
     code = main(sys.argv[1:])
-    sys.stderr.flush()
+    logs.last_words()
     os._exit(code)  # threads that wait inside gloo cannot be joined

@@ -10,7 +10,12 @@ from tests.e2e.harness import Up, eventually
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(180)]
 
-EVERYWHERE = {"tandem_event_loop_lag_seconds", "tandem_num_requests_running", "tandem_num_requests_waiting"}
+EVERYWHERE = {
+    "tandem_event_loop_lag_seconds",
+    "tandem_log_lines_dropped_total",
+    "tandem_num_requests_running",
+    "tandem_num_requests_waiting",
+}
 GATEWAY = {
     "tandem_time_to_first_token_seconds",
     "tandem_inter_token_latency_seconds",

@@ -1,6 +1,7 @@
-"""`python -m gateway` as a process: its line, its exit codes, its drain."""
+"""`python -m gateway` as a process: its line, its exit codes, its drain, its log."""
 
 import asyncio
+import os
 import re
 import signal
 import socket
@@ -17,14 +18,16 @@ FREE_PORTS = ("--http-port", "0", "--grpc-port", "0")
 
 
 @asynccontextmanager
-async def gateway(*flags: str) -> AsyncIterator[asyncio.subprocess.Process]:
+async def gateway(
+    *flags: str, stderr: int = asyncio.subprocess.PIPE
+) -> AsyncIterator[asyncio.subprocess.Process]:
     process = await asyncio.create_subprocess_exec(
         sys.executable,
         "-m",
         "gateway",
         *flags,
         stdout=asyncio.subprocess.PIPE,
-        stderr=asyncio.subprocess.PIPE,
+        stderr=stderr,
     )
     try:
         yield process
@@ -51,6 +54,8 @@ async def test_serves_without_workers_and_ends_on_sigterm() -> None:
         async with asyncio.timeout(10):
             assert await process.wait() == 0
         assert await process.stdout.read() == b""
+        assert process.stderr is not None
+        assert b"shutting down: SIGTERM" in await process.stderr.read()
 
 
 async def test_start_errors_are_one_line_and_exit_code_2() -> None:
@@ -70,3 +75,36 @@ async def test_start_errors_are_one_line_and_exit_code_2() -> None:
                 assert process.returncode == 2, stderr
                 assert len(errors) == 1
                 assert expected in errors[0]
+
+
+def full_pipe() -> tuple[int, int]:
+    """Its two ends; not one more byte goes in."""
+    reads, writes = os.pipe()
+    os.set_blocking(writes, False)
+    for size in (4096, 1):
+        try:
+            while True:
+                os.write(writes, b"." * size)
+        except BlockingIOError:
+            pass
+    os.set_blocking(writes, True)
+    return reads, writes
+
+
+async def test_a_log_that_nobody_reads_holds_nothing_up() -> None:
+    reads, writes = full_pipe()
+    try:
+        async with gateway(*FREE_PORTS, "--log-format=text", stderr=writes) as process:
+            assert process.stdout is not None
+            async with asyncio.timeout(20):
+                match = LINE.fullmatch((await process.stdout.readline()).decode())
+            assert match  # and then it logs that it serves
+            async with httpx.AsyncClient(base_url=match[1], trust_env=False) as client:
+                assert (await client.get("/health")).status_code == 200
+            process.send_signal(signal.SIGTERM)
+            async with asyncio.timeout(10):
+                assert await process.wait() == 0
+    finally:
+        os.close(writes)
+    with open(reads, "rb") as pipe:
+        assert set(pipe.read()) == set(b".")  # it wanted to log all the while
