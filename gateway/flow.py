@@ -10,7 +10,7 @@ import asyncio
 import itertools
 import logging
 import secrets
-from collections.abc import AsyncGenerator, Iterable, Iterator, Mapping
+from collections.abc import AsyncGenerator, Callable, Iterable, Iterator, Mapping
 from contextlib import aclosing, contextmanager
 from dataclasses import dataclass, field, replace
 
@@ -113,7 +113,10 @@ class Flow:
         local_prefill_threshold: int,
         migration_timeout_s: float,
         share_prefix_cache: bool,
+        check_memory: Callable[[], None],
     ) -> None:
+        """`check_memory` raises Overloaded when nothing new should begin."""
+        self._check_memory = check_memory
         self.model = model
         self.fleet = fleet
         self.draining = False
@@ -238,6 +241,7 @@ class Flow:
             raise _shutting_down()
         if (tenant, request_id) in self._live:
             raise AlreadyExists(f"a live request has the id {request_id!r}", field="request_id")
+        self._check_memory()
         now_s = self._clock.now()
         trace = self._telemetry.start(origin, arrived_s=now_s, request_id=request_id, model=self.model.name)
         live = Live(next(self._numbers), tenant, request_id, now_s, trace)

@@ -40,6 +40,7 @@ from runtime.clock import SystemClock
 from runtime.http_access import ADMIN_PATHS, Guard
 from runtime.lifecycle import Shutdown, settle, watch_lag
 from runtime.limits import DRAIN_TIMEOUT_S
+from runtime.memory_guard import MemoryGuard
 from runtime.rpc_access import INTERNAL_REFUSAL, PUBLIC_REFUSAL, KeyGuard
 from runtime.settings import GatewaySettings
 
@@ -88,6 +89,7 @@ class Gateway:
             local_prefill_threshold=settings.local_prefill_threshold,
             migration_timeout_s=settings.migration_timeout_s,
             share_prefix_cache=settings.share_prefix_cache,
+            check_memory=MemoryGuard(settings.max_memory_share).check,
         )
         self._health = health.aio.HealthServicer()
         self._api_keys = Keys.parse(settings.api_keys)

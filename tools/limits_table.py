@@ -52,6 +52,7 @@ def render() -> str:
         f"A body has {exchange.BODY_TIMEOUT_S:g} s to arrive; a client that takes nothing for "
         f"{patience.SEND_TIMEOUT_S:g} s is taken for gone.",
         "`--max-concurrent-requests` run, `--max-waiting-requests` more wait; the next is a 429 with a hint.",
+        "So is whatever comes while more than `--max-memory-share` of the memory is used.",
     ]
     return HEAD + "\n".join(lines) + "\n"
 

@@ -140,7 +140,10 @@ class AttachHub:
         load: Callable[[], pb.WorkerLoad],
         timelines: Timelines,
         heartbeat_s: float = HEARTBEAT_INTERVAL_S,
+        check_memory: Callable[[], None] = lambda: None,
     ) -> None:
+        """`check_memory` raises Overloaded when nothing new should begin here."""
+        self._check_memory = check_memory
         self._handler = handler
         self._load = load
         self._timelines = timelines
@@ -252,6 +255,7 @@ class AttachHub:
         try:
             if self.draining:
                 raise Unavailable("the worker is draining", retryable=True)
+            self._check_memory()
             if len(submit.transfer_id) != 16:
                 raise InvalidRequest("transfer_id must have 16 bytes", field="transfer_id")
             self._handler.submit(key, submit)

@@ -34,6 +34,7 @@ from runtime.config import parse_bytes
 from runtime.errors import Unavailable
 from runtime.lifecycle import Shutdown, settle, watch_lag
 from runtime.limits import DRAIN_TIMEOUT_S
+from runtime.memory_guard import MemoryGuard
 from runtime.otlp import FLUSH_TIMEOUT_S, open_tracer
 from runtime.rpc_access import INTERNAL_REFUSAL, KeyGuard
 from runtime.settings import WorkerSettings
@@ -201,7 +202,9 @@ class Worker:
         self._role = factory(parts)
         self._bridge.timelines = Timelines(self._tracer, ROLE_NAMES[kind], self._metrics.stage_ended)
         intake = GrammarIntake(self._role, engine.grammars, self._bridge.fail)
-        self._bridge.hub = AttachHub(intake, self._load, self._bridge.timelines)
+        memory = MemoryGuard(settings.max_memory_share)
+        self._metrics.memory_used.set_function(memory.share)
+        self._bridge.hub = AttachHub(intake, self._load, self._bridge.timelines, check_memory=memory.check)
         self._bridge.thread = EngineThread(
             engine, self._role, self._on_engine_death, enter=partial(use_device, engine.config.device)
         )

@@ -74,6 +74,7 @@ class WorkerMetrics:
             "num_preemptions_total", "Running requests that lost their KV blocks.", ["mode"]
         )
         self.blocks_swapped = gauge("kv_blocks_swapped", "KV blocks of preempted requests in host memory.")
+        self.memory_used = gauge("memory_used_ratio", "Of the memory that the process may have, 0 to 1.")
         self.registry.register(DroppedLines())
         self.side = side
 

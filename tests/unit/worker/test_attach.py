@@ -7,6 +7,7 @@ import pytest
 
 from protos.tandem.v1 import common_pb2 as pb
 from runtime.errors import Mismatch, Overloaded
+from runtime.memory_guard import MemoryGuard
 from runtime.tracing import Tracer
 from worker.attach import AttachHub, AttemptKey, TokenUpdate
 from worker.timeline import Timelines
@@ -182,6 +183,21 @@ async def test_a_refused_submit_is_one_failed_end() -> None:
         (4, 3, False),
     ]
     assert hub.num_live == 0
+    await gateway.events.aclose()
+
+
+async def test_a_worker_without_memory_refuses_as_retryable() -> None:
+    handler = FakeHandler()
+    timelines = Timelines(Tracer(), "decode", lambda stage, seconds: None)
+    guard = MemoryGuard(0.5, lambda: 0.6)
+    hub = AttachHub(handler, pb.WorkerLoad, timelines, heartbeat_s=0.01, check_memory=guard.check)
+    gateway = Gateway(hub)
+    await anext(gateway.events)
+    gateway.hello()
+    gateway.submit(3)
+    (end,) = (await anext(gateway.events)).ends
+    assert (end.failed.code, end.failed.retryable) == (8, True)
+    assert (hub.num_live, handler.live) == (0, set())
     await gateway.events.aclose()
 
 
