@@ -1,7 +1,7 @@
 """How full the memory is that this process may have, and when that is too full for new work.
 
-The kernel kills a process of a full control group without a word. What it can take back at once, file pages that
-nobody has used for a while, does not count as used. Groups are nested, and each may have a limit.
+The kernel kills a process of a full control group without a word. What it can take back at once, file pages
+that nobody has used for a while, does not count as used. Groups are nested, and each may have a limit.
 """
 
 import logging
@@ -23,26 +23,26 @@ RETRY_AFTER_S = 1.0
 
 @dataclass(frozen=True)
 class Group:
-    """Files of one control group."""
+    """A control group: its folder and the names of its files."""
 
-    limit: Path
-    usage: Path
-    stat: Path
+    folder: Path
+    limit: str
+    usage: str
     idle_pages: str
-    """Line of `stat` with the bytes of file pages that can be taken back."""
+    """Line of `memory.stat` with the bytes of file pages that can be taken back."""
 
     def share(self) -> float:
         """Used of the limit; 0 without a limit. OSError if the group is gone or not ours to see."""
-        limit = self.limit.read_text().strip()
+        limit = (self.folder / self.limit).read_text().strip()
         if limit == "max":
             return 0.0
-        stat = dict(line.split(maxsplit=1) for line in self.stat.read_text().splitlines())
-        used = int(self.usage.read_text()) - int(stat.get(self.idle_pages, 0))
+        stat = dict(line.split(maxsplit=1) for line in (self.folder / "memory.stat").read_text().splitlines())
+        used = int((self.folder / self.usage).read_text()) - int(stat.get(self.idle_pages, 0))
         return max(used, 0) / max(int(limit), 1)
 
 
 class MemoryView:
-    """The groups that this process started in, from its own to the outermost that it sees, and the machine."""
+    """The groups that this process started in, its own and those around it, and the machine."""
 
     def __init__(self, proc: Path = Path("/proc"), cgroups: Path = Path("/sys/fs/cgroup")) -> None:
         self._meminfo = proc / "meminfo"
@@ -92,12 +92,10 @@ def _groups(membership: str, cgroups: Path) -> Iterator[Group]:
     _, controllers, path = membership.split(":", 2)
     if not controllers:
         for folder in _chain(cgroups, path):
-            files = (folder / f"memory.{name}" for name in ("max", "current", "stat"))
-            yield Group(*files, "inactive_file")
+            yield Group(folder, "memory.max", "memory.current", "inactive_file")
     elif "memory" in controllers.split(","):
         for folder in _chain(cgroups / "memory", path):
-            files = (folder / f"memory.{name}" for name in ("limit_in_bytes", "usage_in_bytes", "stat"))
-            yield Group(*files, "total_inactive_file")
+            yield Group(folder, "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
 
 
 def _chain(root: Path, path: str) -> list[Path]:

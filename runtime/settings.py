@@ -30,7 +30,7 @@ class ProcessSettings(Settings):
     internal_secret: Secret = None
     """Secret of the calls between our processes; of several, the first is shown and all are accepted."""
     max_memory_share: Annotated[float, Field(gt=0, le=1)] = 0.95
-    """Of the memory of the control group, or of the machine; above it new requests are refused. 1: none is."""
+    """Above this share of the memory of the control group, or of the machine, new requests are refused."""
     admin_key: Secret = None
     """Key for /metrics and /debug/state from other hosts; unset: loopback only."""
 
