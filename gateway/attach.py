@@ -14,6 +14,7 @@ import asyncio
 import logging
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterable
+from dataclasses import dataclass
 from typing import Any
 
 import grpc.aio
@@ -45,6 +46,18 @@ STUBS: dict[Source, tuple[Callable[[grpc.aio.Channel], Any], Callable[..., Any]]
 }
 
 
+@dataclass(slots=True, eq=False)
+class Attempt:
+    """One that a worker has not ended. One record, for it is looked at once per token, and cold by then."""
+
+    inbox: Inbox
+    suspicion: Suspicion
+    going_on: set[int]
+    """Choices."""
+    step: int = 0
+    """The worker's latest with tokens of it."""
+
+
 class AttachClient:
     """One worker as this gateway talks to it."""
 
@@ -66,10 +79,10 @@ class AttachClient:
         self.load = pb.WorkerLoad()
         self._gateway_id = gateway_id
         self._on_dropped = on_dropped
-        self._live: dict[tuple[int, int], Inbox] = {}
-        self._suspicions: dict[tuple[int, int], Suspicion] = {}
-        self._going_on: dict[tuple[int, int], set[int]] = {}
+        self._live: dict[tuple[int, int], Attempt] = {}
         self._uncomputed: dict[tuple[int, int], int] = {}
+        self._step = 0
+        """Number of the event whose tokens were handed out last."""
         self._outgoing: deque[pb.AttachCommand] = deque()
         self._wake = asyncio.Event()
         self._clock = SystemClock()
@@ -101,10 +114,8 @@ class AttachClient:
                 f"worker {self.identity.worker_id} does not keep up", retryable=True, retry_after_s=1.0
             )
         key = (submit.request, submit.attempt)
-        self._live[key] = inbox
+        self._live[key] = Attempt(inbox, suspicion, choices_to_end(submit))
         self._attempts.taken += 1
-        self._suspicions[key] = suspicion
-        self._going_on[key] = choices_to_end(submit)
         self._uncomputed[key] = max(len(submit.prompt_token_ids) - num_cached_tokens, 0)
         self._send(pb.AttachCommand(submit=submit))
 
@@ -115,9 +126,9 @@ class AttachClient:
 
     def abort_choice(self, request: int, attempt: int, choice: int) -> None:
         """Give one choice of an attempt up, which others go on with; no-op if it has ended."""
-        going_on = self._going_on.get((request, attempt), set())
-        if choice in going_on and len(going_on) > 1:
-            going_on.discard(choice)
+        live = self._live.get((request, attempt))
+        if live is not None and choice in live.going_on and len(live.going_on) > 1:
+            live.going_on.discard(choice)
             abort = pb.AbortAttempt(request=request, attempt=attempt, choice=choice)
             self._send(pb.AttachCommand(abort=abort))
 
@@ -167,47 +178,48 @@ class AttachClient:
             logger.warning("worker %s: attach stream lost", self.identity.worker_id)
         self.connected = False
         self._outgoing = deque()
-        errors = losses(self.identity, self._suspicions.values())
-        for (request, attempt), error in zip(list(self._suspicions), errors, strict=True):
-            inbox = self._forget((request, attempt))
-            assert inbox is not None
-            inbox.put(Arrival(self.source, attempt, error))
+        lost = list(self._live.items())
+        errors = losses(self.identity, [live.suspicion for _, live in lost])
+        for (key, live), error in zip(lost, errors, strict=True):
+            self._forget(key)
+            live.inbox.put(Arrival(self.source, key[1], error))
 
     def _dispatch(self, event: pb.AttachEvent) -> None:
         if event.HasField("load"):
             self.load = event.load
         self._dispatch_tokens(event.tokens)
         for end in event.ends:
-            inbox = self._ended((end.request, end.attempt), end)
-            if inbox is not None:
-                inbox.put(Arrival(self.source, end.attempt, end))
+            self._dispatch_end((end.request, end.attempt), end)
 
     def _dispatch_tokens(self, frames: Iterable[pb.TokenFrame]) -> None:
-        stepped: dict[tuple[int, int], None] = {}
+        source, is_decode = self.source, self.source is Source.DECODE
+        self._step += 1
         for frame in frames:
-            key = frame.request, frame.attempt
-            inbox = self._live.get(key)
-            if inbox is None:
+            attempt = frame.attempt
+            key = frame.request, attempt
+            live = self._live.get(key)
+            if live is None:
                 self._on_dropped(1)
                 continue
-            self._uncomputed.pop(key, None)
-            stepped[key] = None
-            inbox.put(Arrival(self.source, frame.attempt, frame))
-        if self.source is Source.DECODE:
-            for key in stepped:  # once each: the choices of a request are one step's
-                self._suspicions[key].on_step()
+            if self._uncomputed:
+                self._uncomputed.pop(key, None)
+            if is_decode and live.step != self._step:  # once: the choices of a request are one step's
+                live.step = self._step
+                live.suspicion.on_step()
+            live.inbox.put(Arrival(source, attempt, frame))
 
-    def _ended(self, key: tuple[int, int], end: pb.AttemptEnd) -> Inbox | None:
-        """The Inbox of an attempt, which is forgotten with the end of its last choice or of the whole."""
-        going_on = self._going_on.get(key, set())
-        going_on.discard(end.finished.choice)
-        is_choice = end.WhichOneof("outcome") == "finished"
-        return self._live.get(key) if is_choice and going_on else self._forget(key)
+    def _dispatch_end(self, key: tuple[int, int], end: pb.AttemptEnd) -> None:
+        """The end of an attempt's last choice, or of the whole, is the end of the attempt."""
+        live = self._live.get(key)
+        if live is None:
+            return
+        live.going_on.discard(end.finished.choice)
+        if end.WhichOneof("outcome") != "finished" or not live.going_on:
+            self._forget(key)
+        live.inbox.put(Arrival(self.source, end.attempt, end))
 
-    def _forget(self, key: tuple[int, int]) -> Inbox | None:
+    def _forget(self, key: tuple[int, int]) -> Attempt | None:
         self._uncomputed.pop(key, None)
-        self._going_on.pop(key, None)
-        self._suspicions.pop(key, None)
         self._attempts.returned += key in self._live
         return self._live.pop(key, None)
 
@@ -237,7 +249,6 @@ class AttachClient:
         """Nothing is filed without a stream, and only live attempts count as uncomputed."""
         assert self.connected or not self._live
         assert self._uncomputed.keys() <= self._live.keys()
-        assert self._going_on.keys() == self._live.keys() == self._suspicions.keys()
 
 
 async def _next_event(call: Any) -> pb.AttachEvent | None:

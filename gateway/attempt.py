@@ -145,24 +145,26 @@ class Progress:
 
     def on_frame(self, source: Source, frame: pb.TokenFrame) -> NewTokens:
         """The unseen suffix of a frame."""
-        if frame.attempt != self.attempt or frame.choice >= len(self.choices) or self.is_over:
+        # A field of a message costs as much as a call: each is read once.
+        number, start_index = frame.choice, frame.start_index
+        if frame.attempt != self.attempt or number >= len(self.choices) or self.is_over:
             self.dropped_frames += 1
             return NOTHING
-        choice = self.choices[frame.choice]
+        choice = self.choices[number]
         if choice.finished is not None:
             if source is Source.DECODE and not choice.overrun:
                 choice.overrun = True
-                self._overruns.append(frame.choice)
+                self._overruns.append(number)
             return NOTHING
-        num_seen = len(choice.emitted) - frame.start_index
+        num_seen = len(choice.emitted) - start_index
         if num_seen < 0:
-            self._fail(source, f"a gap before token {frame.start_index}")
+            self._fail(source, f"a gap before token {start_index}")
             return NOTHING
-        if num_seen and not _agrees(frame, choice.emitted[frame.start_index :]):
-            self._fail(source, f"other tokens at {frame.start_index} than before")
+        if num_seen and not _agrees(frame, choice.emitted[start_index:]):
+            self._fail(source, f"other tokens at {start_index} than before")
             return NOTHING
         choice.decode_spoke = choice.decode_spoke or source is Source.DECODE
-        if frame.start_index == 0:
+        if start_index == 0:
             self.cached_tokens = max(self.cached_tokens, frame.cached_tokens)
         if frame.accepted_draft_tokens or frame.rejected_draft_tokens:
             self.draft_tokens.add(frame)

@@ -4,9 +4,9 @@ import asyncio
 import json
 import re
 import secrets
-from collections.abc import AsyncGenerator, Coroutine
+from collections.abc import AsyncGenerator, Callable, Coroutine
 from contextlib import aclosing
-from typing import Any, TypeVar
+from typing import Any, Generic, TypeVar
 
 import orjson
 from starlette.requests import ClientDisconnect, Request
@@ -23,15 +23,12 @@ from gateway.limits import (
 from gateway.patience import Patience
 from runtime.admin_http import json_response
 from runtime.errors import Cancelled, Internal, InvalidRequest, NotFound, PayloadTooLarge, TandemError
+from runtime.http_parts import PARTS, PartWriter
 
 T = TypeVar("T")
 
 BODY_TIMEOUT_S = 10.0
 """A body that takes longer to arrive is refused."""
-
-INNERMOST_SEND = "tandem.send"
-"""Key of the ASGI server's own `send` in the scope. What wraps it looks at an answer's start only, and the
-parts of a stream may go past it."""
 
 TIMEOUT_HEADER = "x-request-timeout"
 """HTTP's counterpart of a gRPC deadline."""
@@ -159,7 +156,6 @@ def with_request_id(app: ASGIApp) -> ASGIApp:
         given = headers.get(b"x-request-id", b"").decode("latin-1")
         request_id = given if REQUEST_ID.fullmatch(given) else secrets.token_hex(16)
         scope["tandem.request_id"] = request_id
-        scope[INNERMOST_SEND] = send
 
         async def send_with_id(message: Message) -> None:
             if message["type"] == "http.response.start":
@@ -214,17 +210,17 @@ def sse(body: dict[str, Any]) -> bytes:
     return b"data: " + orjson.dumps(body) + b"\n\n"
 
 
-class EventStream(Response):
-    """Server-sent events from a generator that is closed as soon as the client goes away.
+class EventStream(Response, Generic[T]):
+    """Server-sent events made of what a generator yields, which is closed as soon as the client goes away.
 
     The status line waits for the first event, so that an error before it is a plain error answer. A later
     error is one `data: {"error": ...}` event and the end of the stream.
     """
 
-    def __init__(self, events: AsyncGenerator[bytes, None]) -> None:
-        self._events = events
-        self._part_send: Send | None = None
-        """What sends parts, once the start is sent."""
+    def __init__(self, items: AsyncGenerator[T, None], events: Callable[[T], bytes], last: bytes) -> None:
+        """`events` makes the events of an item, perhaps none; `last` is the one behind all."""
+        self._items, self._events, self._last = items, events, last
+        self._started = False
         self.background = None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -235,40 +231,59 @@ class EventStream(Response):
             pass  # nobody is left to tell
 
     async def _send_all(self, scope: Scope, receive: Receive, send: Send) -> None:
+        parts: PartWriter = scope[PARTS]
         with Patience() as patience:
             try:
-                await self._send_events(scope, send, patience)
+                await self._send_events(parts, send, patience)
             except asyncio.CancelledError:
                 if not patience.is_over:
                     raise
                 raise Cancelled("the client does not read") from None
             except TandemError as error:
                 patience.begin()
-                if self._part_send is None:
+                if not self._started:
                     await error_response(error)(scope, receive, send)
                     return
-                await self._part_send(_part(sse(error_body(error))))
+                await _send_part(parts, sse(error_body(error)), patience)
             except Exception:
-                if self._part_send is not None:
-                    await self._part_send(_part(sse(error_body(Internal("internal error")))))
+                if self._started:
+                    await _send_part(parts, sse(error_body(Internal("internal error"))), patience)
                 raise
+            patience.begin()
             await send({"type": "http.response.body", "body": b"", "more_body": False})
 
-    async def _send_events(self, scope: Scope, send: Send, patience: Patience) -> None:
-        send_part: Send = scope[INNERMOST_SEND]
-        async with aclosing(self._events):
-            async for event in self._events:
-                patience.begin()
-                if self._part_send is None:
-                    self._part_send = send_part
-                    await send({"type": "http.response.start", "status": 200, "headers": SSE_HEADERS})
-                await send_part(_part(event))
-                patience.end()
+    async def _send_events(self, parts: PartWriter, send: Send, patience: Patience) -> None:
+        async with aclosing(self._items):
+            async for item in self._items:
+                events = self._events(item)
+                if not events:
+                    continue
+                if not self._started:
+                    await self._start(send, patience)
+                if parts.is_full:
+                    await _wait(parts, patience)
+                parts.write(events)
+        if not self._started:
+            await self._start(send, patience)
+        await _send_part(parts, self._last, patience)
+
+    async def _start(self, send: Send, patience: Patience) -> None:
+        self._started = True
         patience.begin()
+        await send({"type": "http.response.start", "status": 200, "headers": SSE_HEADERS})
+        patience.end()
 
 
-def _part(body: bytes) -> Message:
-    return {"type": "http.response.body", "body": body, "more_body": True}
+async def _send_part(parts: PartWriter, part: bytes, patience: Patience) -> None:
+    if parts.is_full:
+        await _wait(parts, patience)
+    parts.write(part)
+
+
+async def _wait(parts: PartWriter, patience: Patience) -> None:
+    patience.begin()
+    await parts.drained()
+    patience.end()
 
 
 SSE_HEADERS = [

@@ -16,9 +16,10 @@ from dataclasses import dataclass, field, replace
 
 from gateway.admission import Admission
 from gateway.choices import ChoiceOutputs, best, is_ranked, is_streamable, num_generated
+from gateway.delivery import Delivery
 from gateway.fleet import Fleet
 from gateway.grammar_check import GrammarCheck
-from gateway.metrics import GatewayMetrics, RequestMeter
+from gateway.metrics import GatewayMetrics
 from gateway.model import ServedModel
 from gateway.output import Delta, TextOutput
 from gateway.prompts import Messages, bad_word_token_ids, tokenize
@@ -173,9 +174,12 @@ class Flow:
                 admitted_s = self._clock.now()
                 self._metrics.queue_time.observe(admitted_s - queued_s)
                 live.trace.admitted(queued_s, admitted_s)
-                async with aclosing(self._run(request, live)) as deltas:
+                run = self._admit(request, live)
+                delivery = Delivery(request, run, live.trace, self._metrics, live.arrived_s)
+                async with aclosing(_deltas(request, run)) as deltas:
                     async for delta in deltas:
-                        yield delta
+                        yield delivery.take(delta)
+                delivery.end()
 
     @contextmanager
     def reading(self, origin: Origin) -> Iterator[None]:
@@ -316,8 +320,7 @@ class Flow:
             with client_names(names):
                 await self._grammars.check(Grammar.of(kind, value))
 
-    async def _run(self, request: Prepared, live: Live) -> AsyncGenerator[Delta, None]:
-        """The admitted request; its first delta names the prompt's token ids."""
+    def _admit(self, request: Prepared, live: Live) -> RequestRun:
         facts = self.fleet.registry.facts
         eos_ids = facts.eos_token_ids if facts else ()
         sampling, vocabulary = request.sampling, self.model.tokenizer.vocabulary
@@ -335,24 +338,14 @@ class Flow:
         )
         if live.stopped is not None:
             live.run.interrupt(live.stopped)
-        meter = RequestMeter(
-            self._metrics, live.arrived_s, len(request.prompt_token_ids), live.trace.exemplar
-        )
-        prompt_token_ids = request.prompt_token_ids
-        deltas = live.run.deltas()
-        if is_ranked(sampling):
-            deltas = best(deltas, sampling.n, with_logprobs=request.with_logprobs)
-        async with aclosing(deltas):
-            async for delta in deltas:
-                now_s = self._clock.now()
-                meter.on_tokens(now_s, len(delta.token_ids))
-                live.trace.on_delta(now_s, delta)
-                if prompt_token_ids:
-                    found = live.run.prompt_logprobs.found
-                    delta = replace(delta, prompt_token_ids=prompt_token_ids, prompt_logprobs=found)
-                yield delta
-                prompt_token_ids = []
-        meter.on_end(self._clock.now())
+        return live.run
+
+
+def _deltas(request: Prepared, run: RequestRun) -> AsyncGenerator[Delta, None]:
+    """Of the choices that are returned."""
+    if is_ranked(request.sampling):
+        return best(run.deltas(), request.sampling.n, with_logprobs=request.with_logprobs)
+    return run.deltas()
 
 
 def _shutting_down() -> Unavailable:

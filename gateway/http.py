@@ -18,7 +18,6 @@ from gateway.exchange import (
     error_response,
     read_json,
     request_id_of,
-    sse,
     timeout_of,
     until_disconnect,
 )
@@ -112,7 +111,7 @@ class HttpFace:
         tenant = self._api_keys.tenant(request.headers.getlist("authorization"))
         deltas = self._flow.stream(_generation(request, asked, request_id, tenant))
         if asked.stream:
-            return EventStream(_events(asked, answer, deltas))
+            return EventStream(deltas, answer.events, b"data: [DONE]\n\n")  # without it: not complete
         joined = await until_disconnect(request.receive, _collect(deltas))
         return json_response(answer.whole(joined))
 
@@ -157,20 +156,6 @@ def _origin(request: Request, operation: str, *, stream: bool = False) -> Origin
 async def _collect(deltas: AsyncGenerator[Delta, None]) -> list[Delta]:
     async with aclosing(deltas):
         return join([delta async for delta in deltas])
-
-
-async def _events(
-    asked: openai.ApiRequest, answer: Answer, deltas: AsyncGenerator[Delta, None]
-) -> AsyncGenerator[bytes, None]:
-    """The stream as server-sent events. Without [DONE] it is not complete."""
-    async with aclosing(deltas):
-        async for delta in deltas:
-            event = answer.event(delta)
-            if event is not None:
-                yield event
-            if delta.usage is not None and asked.include_usage:
-                yield sse(answer.usage_chunk(delta.usage))
-    yield b"data: [DONE]\n\n"
 
 
 async def _on_error(_: Request, error: Exception) -> Response:

@@ -25,6 +25,7 @@ class Inbox:
     """Arrivals of one request from all of its workers, for one reader."""
 
     def __init__(self) -> None:
+        self._loop = asyncio.get_running_loop()  # to ask for it costs a system call
         self._arrivals: list[Arrival] = []
         self._joined: dict[tuple[Source, int, int], pb.TokenFrame] = {}
         """Our own copies among the arrivals, by whom and what they are of: later tokens join these."""
@@ -64,7 +65,7 @@ class Inbox:
     async def get(self) -> list[Arrival]:
         """Everything that has come since the last call, at least one arrival."""
         if not self._arrivals and self._interrupt is None:
-            self._reader = asyncio.get_running_loop().create_future()
+            self._reader = self._loop.create_future()
             await self._reader
         if self._interrupt is not None:
             raise self._interrupt

@@ -65,14 +65,17 @@ class Answer:
         self._text_events: dict[int, tuple[bytes, bytes]] = {}
         self._text_offsets: Counter[int] = Counter()
 
-    def event(self, delta: Delta) -> bytes | None:
-        """`chunk` as a server-sent event. Most differ in their text alone, and only that is written anew."""
+    def events(self, delta: Delta) -> bytes:
+        """As server-sent events, perhaps none. Most differ in their text alone: only that is written anew."""
         is_text = delta.choice in self._started and delta.finish_reason is None and not self._wants_tokens
         if is_text and delta.text:
             before, behind = self._text_events.get(delta.choice) or self._text_event(delta.choice)
             return before + orjson.dumps(delta.text) + behind
         chunk = self.chunk(delta)
-        return None if chunk is None else sse(chunk)
+        events = b"" if chunk is None else sse(chunk)
+        if delta.usage is not None and self._request.include_usage:
+            events += sse(self.usage_chunk(delta.usage))
+        return events
 
     def _text_event(self, choice: int) -> tuple[bytes, bytes]:
         """What stands before and behind the text in the events of a choice."""

@@ -57,13 +57,15 @@ class TextOutput:
         self._max_tokens = sampling.max_tokens
         self._asked_stop_ids = frozenset(sampling.stop_token_ids)
         self._eos_ids = frozenset() if sampling.ignore_eos else frozenset(eos_ids)
+        self._stop_ids = self._asked_stop_ids | self._eos_ids
         self.num_tokens = 0
 
     def push(self, new: NewTokens) -> Piece:
         """Text that these tokens complete, up to the first stop string."""
         if len(new.token_ids) == 1:
             self.num_tokens += 1
-            return Piece(new.token_ids, new.logprobs, *self._push_token(new.token_ids[0]))
+            text, stop = self._push_token(new.token_ids[0])
+            return Piece(new.token_ids, new.logprobs, text, stop)
         texts: list[str] = []
         for index, token_id in enumerate(new.token_ids):
             self.num_tokens += 1
@@ -92,8 +94,7 @@ class TextOutput:
         return pb.FINISH_REASON_LENGTH if self.num_tokens >= self._max_tokens else None
 
     def _stops_at(self, token_id: int) -> bool:
-        known = token_id in self._asked_stop_ids or token_id in self._eos_ids
-        return known and self.num_tokens > self._min_tokens
+        return token_id in self._stop_ids and self.num_tokens > self._min_tokens
 
     def _push_token(self, token_id: int) -> tuple[str, str | None]:
         if self._stops_at(token_id) and not self._include_stop:

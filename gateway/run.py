@@ -13,7 +13,6 @@ import logging
 import math
 import secrets
 from collections.abc import AsyncGenerator, Mapping, Sequence
-from contextlib import aclosing
 from dataclasses import dataclass, replace
 
 from gateway.attempt import NOTHING, Finished, NewTokens, Progress, Source
@@ -121,53 +120,51 @@ class RequestRun:
         """The request's output; the last delta of each choice has finish_reason, the very last one usage."""
         # One timer for the whole request: one for each wait is dear, and there is a wait for every token.
         deadline = asyncio.get_running_loop().call_at(self._request.deadline, self._expire)
+        deltas: list[Delta] = []
         try:
-            async with aclosing(self._all_attempts()) as attempts:
-                async for delta in attempts:
+            while self._outputs.going_on:
+                for delta in deltas:
                     yield delta
+                await self._watch.begin(self._request.deadline)
+                start_s = self._clock.now()
+                prefix = self._prefix()
+                route = await self._route(prefix)
+                attempt = self._begin(route)
+                try:
+                    self._submit(route, prefix)
+                    self._trace.routed(start_s, attempt, route)
+                    deltas = self._merge(self.prompt_logprobs.admit(await self._inbox.get()))
+                    while not self._progress.is_over:
+                        self._end_overruns(route, attempt)
+                        for delta in deltas:
+                            yield delta
+                        deltas = self._merge(self.prompt_logprobs.admit(await self._inbox.get()))
+                finally:
+                    self._watch.end()
+                    self._abort(route, attempt)
+                if self._outputs.going_on:
+                    for delta in deltas:
+                        yield delta
+                    deltas = await self._after_failure(route)
+            self._fleet.remember(route.decode, self._prefix())
         except Cancelled:
-            *ends, last = self._outputs.abort()
-            for delta in ends:
-                yield delta
-            yield self._with_usage(last)
+            deltas = self._outputs.abort()
         finally:
             deadline.cancel()
             self._watch.end()
             self._metrics.dropped_frames.inc(self._progress.dropped_frames)
-
-    async def _all_attempts(self) -> AsyncGenerator[Delta, None]:
-        deltas: list[Delta] = []
-        while self._outputs.going_on:
-            for delta in deltas:
-                yield delta
-            await self._watch.begin(self._request.deadline)
-            start_s = self._clock.now()
-            prefix = self._prefix()
-            route = await self._route(prefix)
-            attempt = self._progress.begin(split=route.prefill is not None)
-            self.prompt_logprobs.begin(attempt, split=route.prefill is not None)
-            self._metrics.attempts.inc()
-            try:
-                self._submit(route, prefix)
-                self._trace.routed(start_s, attempt, route)
-                deltas = self._merge(self.prompt_logprobs.admit(await self._inbox.get()))
-                while not self._progress.is_over:
-                    self._end_overruns(route, attempt)
-                    for delta in deltas:
-                        yield delta
-                    deltas = self._merge(self.prompt_logprobs.admit(await self._inbox.get()))
-            finally:
-                self._watch.end()
-                self._abort(route, attempt)
-            if self._outputs.going_on:
-                for delta in deltas:
-                    yield delta
-                deltas = await self._after_failure(route)
-        self._fleet.remember(route.decode, self._prefix())
         *others, last = deltas
         for delta in others:
             yield delta
         yield self._with_usage(last)
+
+    def _begin(self, route: Route) -> int:
+        """Open another attempt; returns its number."""
+        is_split = route.prefill is not None
+        attempt = self._progress.begin(split=is_split)
+        self.prompt_logprobs.begin(attempt, split=is_split)
+        self._metrics.attempts.inc()
+        return attempt
 
     def _merge(self, arrivals: list[Arrival]) -> list[Delta]:
         """What has come, as output: at most one delta for each choice."""

@@ -1,9 +1,15 @@
-"""One HTTP connection whose request heads are small and complete in time: uvicorn bounds neither."""
+"""One HTTP connection whose request heads are small and complete in time: uvicorn bounds neither.
+
+Its applications find a PartWriter in the scope.
+"""
 
 import asyncio
 from typing import Any, cast
 
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from uvicorn._types import ASGI3Application
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
+
+from runtime.http_parts import PARTS, PartWriter
 
 HEAD_TIMEOUT_S = 5.0
 """From the first byte of a request until its headers are complete."""
@@ -55,6 +61,11 @@ class BoundedHead(HttpToolsProtocol):
         self._in_head = False
         self._stop_timer()
         super().on_headers_complete()
+
+    def _start_asgi_task(self, cycle: RequestResponseCycle, app: ASGI3Application) -> None:
+        scope = cast("dict[str, Any]", cycle.scope)
+        scope[PARTS] = PartWriter(cycle)
+        super()._start_asgi_task(cycle, app)
 
     def _stop_timer(self) -> None:
         if self._timer is not None:

@@ -58,13 +58,18 @@ def outcome(arrivals: list[Arrival]) -> tuple[list[list[int]], list[list[float]]
     return [choice.emitted for choice in progress.choices], logprobs, progress.draft_tokens.accepted
 
 
-@given(st.lists(WORDS, min_size=1, max_size=12))
-def test_joined_frames_say_the_same(words: list[tuple[Source, int, int, int, int]]) -> None:
-    inbox, workers = Inbox(), Workers()
-    said = [workers.say(*word) for word in words]
+async def read_late(said: list[Arrival]) -> list[Arrival]:
+    inbox = Inbox()
     for arrival in said:
         inbox.put(arrival)
-    got = asyncio.run(inbox.get())
+    return await inbox.get()
+
+
+@given(st.lists(WORDS, min_size=1, max_size=12))
+def test_joined_frames_say_the_same(words: list[tuple[Source, int, int, int, int]]) -> None:
+    workers = Workers()
+    said = [workers.say(*word) for word in words]
+    got = asyncio.run(read_late(said))
     assert outcome(got) == outcome(said)
     assert got[0] is said[0]
 
