@@ -13,6 +13,7 @@ import itertools
 import logging
 from collections import defaultdict
 from collections.abc import AsyncIterator
+from functools import partial
 from typing import Any, Protocol
 
 import grpc.aio
@@ -40,6 +41,7 @@ from runtime.clock import SystemClock
 from runtime.errors import InvalidRequest, LinkFailed, TandemError
 from runtime.limits import LINK_TIMEOUT_S
 from worker.control_stream import ControlStream, Envelope
+from worker.devices import use as use_device
 from worker.epoch import Failure, LinkCounts, drive
 from worker.link_messages import to_response
 from worker.main import WorkerParts
@@ -182,6 +184,7 @@ class DecodeLink:
             post=stream.post,
             on_event=self._tell,
             on_failed=self.failure.tell,
+            enter=partial(use_device, parts.engine.kv_cache.groups[0].device),
         )
         self._moved = LinkCounts(self._pump, parts.metrics, sender)
 

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -10,6 +10,7 @@ from torch import Tensor
 
 from engine.config import EngineConfig
 from engine.facts import KvGroupSpec, ModelFacts
+from engine.layer_watch import LayerWatch, watch_layers
 from engine.models.config import LlamaConfig, canonical_json, read_config
 from engine.models.decoder import Decoder
 from engine.models.llama import Llama
@@ -35,6 +36,8 @@ class LoadedModel:
     """Directory of the checkpoint."""
     ranks: Ranks = ONE_RANK
     """Who computes it; the draft is rank 0's alone."""
+    watch: LayerWatch = field(default_factory=lambda: LayerWatch(0))
+    """Tells of the module's layers."""
     draft: "LoadedModel | None" = None
     """The small model that speculates; its KV group is the last one of the facts."""
 
@@ -45,7 +48,8 @@ def load_model(
     """Load a checkpoint, and the draft that the config names; raises CheckpointError or StartupError."""
     shard, facts = load_checkpoint(path, config, shard=ranks.shard, progress=progress)
     module = ranks.lead_model(shard, facts.vocab_size)
-    target = LoadedModel(module=module, facts=facts, path=path, ranks=ranks)
+    watch = watch_layers(shard, config.layer_stream_threshold)
+    target = LoadedModel(module=module, facts=facts, path=path, ranks=ranks, watch=watch)
     return target if config.draft_model is None else _with_draft(target, config, progress)
 
 

@@ -63,12 +63,13 @@ class CudaMeter:
         return free
 
 
-def kv_cache_bytes(memory: DeviceMemory, *, utilization: float, captured: bool) -> int:
-    """Memory of the KV pool: the share `utilization` of what is left when a step has what it needs.
+def kv_cache_bytes(memory: DeviceMemory, *, utilization: float, captured: bool, linked_bytes: int = 0) -> int:
+    """Memory of the KV pool: the share `utilization` of what is left when steps and KV links have their own.
 
     Captured steps keep theirs, which no other can use: they share it, and none is larger than the largest.
+    `linked_bytes` are still free when the pool is made: links are made on demand.
     """
-    needed = memory.step_bytes * (2 if captured else 1)
+    needed = memory.step_bytes * (2 if captured else 1) + linked_bytes
     return max(int((memory.free_bytes - needed) * utilization), 0)
 
 
@@ -82,7 +83,10 @@ def with_kv_memory(config: EngineConfig, model: LoadedModel, meter: Meter | None
         return config
     memory = profile(config, model, meter or CudaMeter(device))
     own = kv_cache_bytes(
-        memory, utilization=config.gpu_memory_utilization, captured=captures(config, model.ranks)
+        memory,
+        utilization=config.gpu_memory_utilization,
+        captured=captures(config, model.ranks),
+        linked_bytes=config.linked_memory_bytes,
     )
     return replace(config, kv_cache_memory_bytes=max(own * model.ranks.shard.size, 1))
 

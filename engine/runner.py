@@ -26,6 +26,7 @@ class Runner:
         self, config: EngineConfig, model: LoadedModel, kv_cache: KvCache, grammars: Grammars
     ) -> None:
         self._module = model.module
+        self._watch = model.watch
         self._kv_cache = kv_cache
         self.sampler = Sampler(model.facts.eos_token_ids, model.facts.vocab_size, grammars)
         self.speculation = make_speculation(config, model, kv_cache, self.sampler)
@@ -52,14 +53,15 @@ class Runner:
             proposal.plan, block_size=self._kv_cache.tables.block_size, device=kv_group.device
         )
         num_samples, final = batch.num_samples, batch.final
-        hidden = self._module.forward(
-            batch.token_ids,
-            batch.positions,
-            kv_group,
-            batch.slot_mapping,
-            batch.attention,
-            None if self.speculation.reads_hidden else final,
-        )
+        with self._watch.watching(proposal.plan):
+            hidden = self._module.forward(
+                batch.token_ids,
+                batch.positions,
+                kv_group,
+                batch.slot_mapping,
+                batch.attention,
+                None if self.speculation.reads_hidden else final,
+            )
         self.speculation.follow(proposal.plan, hidden)
         if final is not None and self.speculation.reads_hidden:
             hidden = hidden.index_select(0, final.rows)

@@ -37,15 +37,21 @@ class Rectangle:
 
 
 def rectangles(
-    facts: KvFacts, group: int, first_block: int, num_blocks: int, slab_bytes: int
+    facts: KvFacts,
+    group: int,
+    first_block: int,
+    num_blocks: int,
+    slab_bytes: int,
+    layers: range | None = None,
 ) -> list[Rectangle]:
-    """Cut all layers of blocks [first_block, +num_blocks) into rectangles of at most `slab_bytes`.
+    """Cut these layers (all) of blocks [first_block, +num_blocks) into rectangles of at most `slab_bytes`.
 
-    Whole blocks as long as a block of all layers fits a slab; else each block is cut into layer ranges of
+    Whole blocks as long as a block of the layers fits a slab; else each block is cut into layer ranges of
     nearly equal length. Positions ascend, so a rectangle depends on no later token.
     """
     shape = facts.groups[group]
-    layers_per_cut = _layers_per_cut(shape, facts.block_size, slab_bytes)
+    layers = range(shape.num_layers) if layers is None else layers
+    layers_per_cut = _layers_per_cut(shape, len(layers), facts.block_size, slab_bytes)
     cut_bytes = layers_per_cut * layer_block_bytes(shape, facts.block_size)
     blocks_per_cut = slab_bytes // cut_bytes
     return [
@@ -54,18 +60,18 @@ def rectangles(
             block,
             min(blocks_per_cut, first_block + num_blocks - block),
             layer,
-            min(layers_per_cut, shape.num_layers - layer),
+            min(layers_per_cut, layers.stop - layer),
         )
         for block in range(first_block, first_block + num_blocks, blocks_per_cut)
-        for layer in range(0, shape.num_layers, layers_per_cut)
+        for layer in layers[::layers_per_cut]
     ]
 
 
-def _layers_per_cut(group: KvGroup, block_size: int, slab_bytes: int) -> int:
+def _layers_per_cut(group: KvGroup, num_layers: int, block_size: int, slab_bytes: int) -> int:
     most = slab_bytes // layer_block_bytes(group, block_size)
     assert most >= 1, "choose_slab_bytes makes a slab hold one block of one layer"
-    num_cuts = -(-group.num_layers // most)
-    return -(-group.num_layers // num_cuts)
+    num_cuts = -(-num_layers // most)
+    return -(-num_layers // num_cuts)
 
 
 def rectangle_bytes(facts: KvFacts, rectangle: Rectangle) -> int:

@@ -21,8 +21,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Generic, Protocol, TypeVar
 
-import torch
-
 from kvtransfer.errors import LinkViolation, TransportBroken
 from kvtransfer.states import LinkStatistics, TransferState
 from kvtransfer.transport import Transport
@@ -67,12 +65,19 @@ class Pump(ABC, Generic[ActionT]):
     """What both pumps share: one thread, the link's plain calls, and failing exactly once."""
 
     def __init__(
-        self, name: str, link: Link[ActionT], transport: Transport, on_failed: Callable[[str], None]
+        self,
+        name: str,
+        link: Link[ActionT],
+        transport: Transport,
+        on_failed: Callable[[str], None],
+        enter: Callable[[], None],
     ) -> None:
+        """`enter`: what the thread does first, as to turn to a GPU."""
         self.lock = threading.Condition(threading.Lock())
         self.link = link
         self._transport = transport
         self._on_failed = on_failed
+        self._enter = enter
         # Under the lock; set by the first failure or by `stop`.
         self._stopping = False
         self._thread = threading.Thread(target=self._guarded_run, name=f"{name}-{link.epoch}", daemon=True)
@@ -136,7 +141,7 @@ class Pump(ABC, Generic[ActionT]):
 
     def _guarded_run(self) -> None:
         try:
-            self._use_gpu()
+            self._enter()
             self._run()
         except TransportBroken as error:
             self.fail(str(error))
@@ -144,12 +149,6 @@ class Pump(ABC, Generic[ActionT]):
             # A bug in a callback ends this link and nothing else; silence would hang its transfers.
             log.exception("kv link thread %s failed", self._thread.name)
             self.fail("internal error in the link's thread")
-
-    def _use_gpu(self) -> None:
-        """Kernels and events go to the GPU that their thread has chosen."""
-        device = self._transport.slabs[0].device
-        if device.type == "cuda":
-            torch.cuda.set_device(device)
 
     @contextmanager
     def _acting(self) -> Iterator[list[ActionT]]:

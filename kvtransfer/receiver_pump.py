@@ -39,8 +39,9 @@ class ReceiverPump(Pump[ReceiverAction]):
         post: Callable[[ReceiverMessage], None],
         on_event: Callable[[ReceiverEvent], None],
         on_failed: Callable[[str], None],
+        enter: Callable[[], None] = lambda: None,
     ) -> None:
-        super().__init__("kv-receive", link, transport, on_failed)
+        super().__init__("kv-receive", link, transport, on_failed, enter)
         self._deliver = deliver
         self._post = post
         self._on_event = on_event

@@ -34,8 +34,9 @@ class SenderPump(Pump[SenderAction]):
         post: Callable[[SenderMessage], None],
         on_event: Callable[[SenderEvent], None],
         on_failed: Callable[[str], None],
+        enter: Callable[[], None] = lambda: None,
     ) -> None:
-        super().__init__("kv-send", link, transport, on_failed)
+        super().__init__("kv-send", link, transport, on_failed, enter)
         self._gather = gather
         self._post = post
         self._on_event = on_event

@@ -1,8 +1,10 @@
 """What a prefill worker still owes one transfer: which computed blocks may travel next."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from kvtransfer.messages import FirstToken
+from prefill_svc.written import NOTHING, Stretch, Written, stretches
 from worker.attach import AttemptKey
 
 
@@ -10,8 +12,9 @@ from worker.attach import AttemptKey
 class Export:
     """The sending side of one attempt; owned by the event loop.
 
-    0 ............ handed over ............ computed ............ total_blocks
-    the link has them          may travel             not yet computed
+    What may travel is what is written and was not yet taken. A step that fails in its middle may leave layers
+    that were taken without the rest of their blocks: first tokens come with its end alone, and only they
+    lead to a commit.
     """
 
     key: AttemptKey
@@ -21,8 +24,8 @@ class Export:
     block_size: int
     block_tables: tuple[tuple[int, ...], ...] = ()
     """Per KV group the blocks of the sequence so far; replaced, never changed: a pump may be reading it."""
-    computed: int = 0
-    handed_over: int = 0
+    written: Written = NOTHING
+    taken: Written = NOTHING
     continued: tuple[FirstToken, ...] = ()
     """Of choices that earlier attempts began."""
     first_tokens: tuple[FirstToken, ...] | None = None
@@ -37,24 +40,44 @@ class Export:
         """Blocks of the whole sequence; the last one may be partly filled."""
         return -(-self.num_tokens // self.block_size)
 
+    @property
+    def has_taken(self) -> bool:
+        """Something may have left."""
+        return max(self.taken.blocks, self.taken.ahead) > 0
+
     def advance(self, block_tables: tuple[tuple[int, ...], ...], num_computed_tokens: int) -> None:
-        """The engine has computed so many tokens; a block is done when it is full or the sequence's last."""
-        done = num_computed_tokens == self.num_tokens
-        self.computed = self.total_blocks if done else num_computed_tokens // self.block_size
+        """A step has ended: so many tokens are computed, in all groups."""
+        self.written = Written(self._num_done(num_computed_tokens))
         self.block_tables = block_tables
 
-    def take(self) -> range:
-        """Block positions that may travel now; each is given out once."""
-        ready = range(self.handed_over, self.computed)
-        self.handed_over = self.computed
-        return ready
+    def advance_layers(
+        self, block_tables: tuple[tuple[int, ...], ...], num_computed_tokens: int, num_layers: int
+    ) -> None:
+        """A step that runs has computed so many tokens, in the target's first `num_layers` layers."""
+        self.written = Written(self.written.blocks, self._num_done(num_computed_tokens), num_layers)
+        self.block_tables = block_tables
+
+    def _num_done(self, num_tokens: int) -> int:
+        """Blocks that so many tokens complete: a block is done when it is full, or the sequence's last."""
+        return self.total_blocks if num_tokens == self.num_tokens else num_tokens // self.block_size
+
+    def take(self, num_layers: Sequence[int]) -> list[Stretch]:
+        """What may travel now, of KV groups with so many layers; each cell is given out once."""
+        before, self.taken = self.taken, self.written
+        return stretches(before, self.taken, num_layers)
+
+    def check(self) -> None:
+        """Assert the invariants."""
+        assert 0 <= self.taken.blocks <= self.written.blocks <= self.total_blocks
+        assert max(self.taken.ahead, self.written.ahead) <= self.total_blocks
+        assert not self.committing or self.first_tokens is not None
 
     def take_commit(self) -> tuple[FirstToken, ...] | None:
         """The first tokens, once, when the link has every block or choices that all ended need no more."""
         if self.first_tokens is None or self.committing:
             return None
         goes_on = any(first.finish_reason is None for first in self.first_tokens)
-        if self.handed_over < self.total_blocks and goes_on:
+        if self.taken.blocks < self.total_blocks and goes_on:
             return None
         self.committing = True
         return self.first_tokens

@@ -15,6 +15,7 @@ import asyncio
 import logging
 from collections import defaultdict
 from collections.abc import AsyncIterator, Callable
+from functools import partial
 from typing import Protocol
 
 import grpc
@@ -48,6 +49,7 @@ from runtime.errors import LinkFailed, TandemError, Unavailable
 from runtime.limits import LINK_TIMEOUT_S
 from worker.attach import AttemptKey
 from worker.control_stream import ControlStream, Envelope
+from worker.devices import use_apart
 from worker.epoch import Failure, LinkCounts, drive
 from worker.link_messages import to_request
 from worker.main import WorkerParts
@@ -180,11 +182,9 @@ class PrefillLink:
         """Hand the pump what may travel; commit after the last block."""
         if self._pump is None or export.transfer_id not in self._exports:
             return
-        ready = export.take()
-        if ready:
-            for group in range(len(self._facts.groups)):
-                pieces = rectangles(self._facts, group, ready.start, len(ready), self._slab_bytes)
-                self._pump.enqueue(export.transfer_id, pieces)
+        for group, blocks, layers in export.take([group.num_layers for group in self._facts.groups]):
+            pieces = rectangles(self._facts, group, blocks.start, len(blocks), self._slab_bytes, layers)
+            self._pump.enqueue(export.transfer_id, pieces)
         first_tokens = export.take_commit()
         if first_tokens is not None:
             self._pump.commit(export.transfer_id, first_tokens, export.cached_tokens)
@@ -244,6 +244,7 @@ class PrefillLink:
             post=_with_points(stream.post),
             on_event=lambda event: self._parts.bridge.on_loop(self._on_event, event),
             on_failed=failure.tell,
+            enter=partial(use_apart, self._parts.engine.kv_cache.groups[0].device),
         )
         moved = LinkCounts(pump, self._parts.metrics, self._peer.worker_id)
         self._count = moved.update

@@ -3,6 +3,7 @@
 The life of an attempt here:
 1. Submit: the engine queues the prompt; an Offer goes to the decode worker over the link to it.
 2. Each step that finishes blocks makes them free to travel (Export); the link's pump gathers and sends.
+   Of a long chunk the layers are, group by group, while the step still computes the next ones.
 3. The step that computes the last chunk samples token 0, which goes to the gateway at once.
 4. After the last block the link commits, and the engine's blocks are free; the acknowledgement ends the
    attempt: handed over. If token 0 ended the request, the Commit says so and no more blocks travel.
@@ -11,10 +12,12 @@ The life of an attempt here:
 
 from collections import defaultdict
 from collections.abc import Hashable, Sequence
+from functools import partial
 
 import grpc.aio
 
 from engine.engine import Engine, StepOutput, StepResult
+from engine.plan import Scheduled
 from engine.request import Request
 from kvtransfer.messages import FirstToken
 from prefill_svc.export import Export
@@ -27,15 +30,20 @@ from runtime.errors import Internal, InvalidRequest, TandemError
 from worker.attach import AttemptKey
 from worker.choices import continued
 from worker.convert import FINISH_REASONS, to_request
+from worker.fence import fence_for
 from worker.main import WorkerParts
 from worker.timeline import SEND
 
-Progress = tuple[AttemptKey, tuple[tuple[int, ...], ...], int, int]
+BlockTables = tuple[tuple[int, ...], ...]
+"""Block ids per KV group, as they are at the moment."""
+
+Progress = tuple[AttemptKey, BlockTables, int, int]
 """An attempt, its block ids so far, how many of its tokens are computed, and how many were cached."""
 
 
 class PrefillRole:
-    """Belongs to the event loop but for `between_steps` and `on_step`, which run on the engine thread."""
+    """Belongs to the event loop but for `between_steps`, `on_step` and `on_layers`, which run on the engine
+    thread. What it tells the loop of blocks goes through the fence: they are written when the loop knows."""
 
     def __init__(self, parts: WorkerParts) -> None:
         self._bridge = parts.bridge
@@ -43,6 +51,8 @@ class PrefillRole:
         self._block_size = parts.facts.block_size
         self._exports: dict[AttemptKey, Export] = {}
         self._links = PrefillLinks(parts, self)
+        self._fence = fence_for(parts.engine.config.device)
+        parts.engine.model.watch.listen(self.on_layers)
 
     def add_services(self, server: grpc.aio.Server) -> list[str]:
         """Attach; links are opened from here, not to here."""
@@ -103,7 +113,22 @@ class PrefillRole:
         self._metrics.stepped(result)
         self._bridge.publish(output for output in result.outputs if output.request.search is None)
         progress = [_progress(request) for request in result.computed]
-        self._bridge.on_loop(self._advance, progress, result.outputs)
+        self._fence.then(partial(self._bridge.on_loop, self._advance, progress, result.outputs))
+
+    def on_layers(self, chunks: Sequence[Scheduled], num_layers: int) -> None:
+        """In the midst of a step: the first layers of these chunks are written."""
+        progress = [(item.request.key, _tables(item.request), item.context_len) for item in chunks]
+        self._fence.then(partial(self._bridge.on_loop, self._advance_layers, progress, num_layers))
+
+    def _advance_layers(
+        self, progress: Sequence[tuple[AttemptKey, BlockTables, int]], num_layers: int
+    ) -> None:
+        for key, block_tables, num_computed_tokens in progress:
+            export = self._exports.get(key)
+            if export is not None:
+                export.advance_layers(block_tables, num_computed_tokens, num_layers)
+                self._links.advance(export)
+                self._mark_sending(export)
 
     def _advance(self, progress: Sequence[Progress], outputs: Sequence[StepOutput]) -> None:
         sampled: defaultdict[Hashable, list[FirstToken]] = defaultdict(list)
@@ -131,7 +156,7 @@ class PrefillRole:
             self._bridge.hub.fail(output.request.key, Internal(error))
 
     def _mark_sending(self, export: Export) -> None:
-        if export.granted and export.handed_over:
+        if export.granted and export.has_taken:
             self._bridge.timelines.begin(export.key, SEND)
 
     def granted(self, key: AttemptKey) -> None:
@@ -166,8 +191,11 @@ class PrefillRole:
 
 def _progress(request: Request) -> Progress:
     assert isinstance(request.key, AttemptKey)
-    block_tables = tuple(map(tuple, request.block_tables))
-    return request.key, block_tables, request.num_computed_tokens, request.num_cached_tokens
+    return request.key, _tables(request), request.num_computed_tokens, request.num_cached_tokens
+
+
+def _tables(request: Request) -> BlockTables:
+    return tuple(map(tuple, request.block_tables))
 
 
 def _first_token(output: StepOutput) -> FirstToken:

@@ -89,6 +89,8 @@ class EngineSettings(ProcessSettings):
     """Most requests in one step."""
     max_num_batched_tokens: Literal["auto"] | Count = "auto"
     """Most tokens in one step, longer prompts are computed in chunks; auto: 512 on a CPU, 2048 on a GPU."""
+    layer_stream_threshold: Literal["auto"] | Annotated[int, Field(ge=0)] = "auto"
+    """KV of a prompt's chunks of so many tokens leaves by layer groups; 0: never; auto: 256 on a GPU."""
     prefix_cache: bool = True
     """Keep KV blocks after their requests and share them among requests that start alike."""
     scheduling_policy: Literal["fcfs", "priority", "mlfq"] = "fcfs"

@@ -8,6 +8,7 @@ import secrets
 import signal
 import sys
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -108,10 +109,12 @@ def fleet_plan(
 
         return command
 
+    pools = {role: ranks_of_pool(settings, role) for role in ("prefill", "decode")}
+    crowds = Counter(device for pool in pools.values() for ranks in pool for device in _gpus(ranks))
     workers = {
-        f"{role}-{i}": worker(role, f"{role}-{i}", ranks)
-        for role in ("prefill", "decode")
-        for i, ranks in enumerate(ranks_of_pool(settings, role))
+        f"{role}-{i}": worker(role, f"{role}-{i}", ranks | _share_of_memory(settings, ranks, crowds))
+        for role, pool in pools.items()
+        for i, ranks in enumerate(pool)
     }
     env = child_env(environ, threads=settings.threads) | secrets_env(settings)
     return FleetPlan(
@@ -137,6 +140,18 @@ def ranks_of_pool(settings: UpSettings, role: str) -> list[dict[str, Any]]:
         )
     shares = [names[i * size : (i + 1) * size] for i in range(count)]
     return [{"tensor_parallel_size": size, "devices": ",".join(each) if devices else ""} for each in shares]
+
+
+def _gpus(ranks: Mapping[str, Any]) -> list[str]:
+    return [name.strip() for name in ranks["devices"].split(",") if name]
+
+
+def _share_of_memory(
+    settings: UpSettings, ranks: Mapping[str, Any], crowds: Mapping[str, int]
+) -> dict[str, float]:
+    """Of a GPU with several workers, by `crowds`: all size their pools at about the same time."""
+    crowd = max((crowds[gpu] for gpu in _gpus(ranks)), default=1)
+    return {"gpu_memory_utilization": settings.gpu_memory_utilization / crowd} if crowd > 1 else {}
 
 
 def _same_ports(before: Listening) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Which devices the ranks of a worker use."""
+"""Which devices the ranks of a worker use, and how threads turn to them."""
 
 import torch
 
@@ -27,7 +27,17 @@ def device_names(devices: str, size: int) -> list[str]:
     return [f"cuda:{int(number)}" for number in numbers]
 
 
-def use(device: str) -> None:
+def use(device: torch.device | str) -> None:
     """Make a device of torch's the calling thread's own: kernels start on that one, whatever they work on."""
     if torch.device(device).type == "cuda":
         torch.cuda.set_device(device)
+
+
+def use_apart(device: torch.device | str) -> None:
+    """`use`, and what this thread queues waits for no other's: it has a stream of its own.
+
+    Whatever it reads must be complete; see worker.fence.
+    """
+    use(device)
+    if torch.device(device).type == "cuda":
+        torch.cuda.set_stream(torch.cuda.Stream(device))

@@ -20,7 +20,7 @@ import grpc.aio
 import torch
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
-from engine.config import EngineConfig, usual_batched_tokens
+from engine.config import EngineConfig, usual_batched_tokens, usual_layer_stream_threshold
 from engine.engine import Engine
 from engine.loader import load_model
 from engine.parallel.start import start_ranks
@@ -51,6 +51,7 @@ from worker.metrics import WorkerMetrics
 from worker.speculation_metrics import SpeculationCollector
 from worker.speculative import parse_speculative
 from worker.timeline import Timelines
+from worker.transports import link_memory_bytes
 
 logger = logging.getLogger(__name__)
 
@@ -133,6 +134,8 @@ def _load_engine(kind: common_pb2.WorkerRole, settings: WorkerSettings) -> tuple
         cuda_graphs=settings.cuda_graphs if decodes else "off",
         cuda_graph_sizes=tuple(settings.cuda_graph_sizes),
         overlap=settings.overlap if decodes else "off",
+        layer_stream_threshold=0 if decodes else _layer_stream_threshold(settings, names[0]),
+        linked_memory_bytes=link_memory_bytes(settings, names[0]),
     )
     ranks = start_ranks(path, config, names)
     try:
@@ -151,6 +154,11 @@ def _kv_cache_memory(settings: WorkerSettings) -> int | None:
 def _batched_tokens(settings: WorkerSettings, device: str) -> int:
     asked = settings.max_num_batched_tokens
     return usual_batched_tokens(device) if asked == "auto" else asked
+
+
+def _layer_stream_threshold(settings: WorkerSettings, device: str) -> int:
+    asked = settings.layer_stream_threshold
+    return usual_layer_stream_threshold(device) if asked == "auto" else asked
 
 
 class _Progress:

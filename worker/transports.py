@@ -9,8 +9,9 @@ import torch
 from engine.engine import Engine
 from kvtransfer.errors import TransportBroken
 from kvtransfer.messages import Welcome
-from kvtransfer.offers import Transports, gpu_id
-from kvtransfer.transport import NUM_SENDER_SLABS, Transport, make_slabs
+from kvtransfer.offers import ON_GPUS, Transports, gpu_id
+from kvtransfer.plan import MAX_SLAB_BYTES
+from kvtransfer.transport import NUM_SENDER_SLABS, NUM_SLABS, Transport, make_slabs
 from kvtransfer.transports.cuda_ipc import CudaSharing
 from kvtransfer.transports.gloo import GlooTransport
 from kvtransfer.transports.mapped import MappedTransport
@@ -21,6 +22,10 @@ from runtime.errors import Mismatch
 from runtime.settings import WorkerSettings
 from worker.control_stream import ControlStream
 from worker.pointed import PointedTransport
+
+NUM_COUNTED_LINKS = 4
+"""Links whose slabs are counted when the pool is sized: how many will be made is not known then. Those of
+others, and what NCCL takes for itself, come out of what `--gpu-memory-utilization` leaves."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,6 +62,15 @@ def usable_transports(settings: WorkerSettings, engine: Engine) -> Transports:
     if settings.tensor_parallel_size > 1:
         device = torch.device("cpu")
     return Transports.of(settings.transport, device)
+
+
+def link_memory_bytes(settings: WorkerSettings, device: str) -> int:
+    """GPU memory that the KV links of a worker will take for slabs."""
+    if torch.device(device).type == "cpu" or settings.tensor_parallel_size > 1:
+        return 0
+    wanted = ON_GPUS if settings.transport == "auto" else (settings.transport,)
+    largest = max((MAX_SLAB_BYTES[name] for name in wanted if name in ON_GPUS), default=0)
+    return NUM_COUNTED_LINKS * NUM_SLABS * largest
 
 
 async def open_transport(

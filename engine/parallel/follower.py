@@ -128,6 +128,8 @@ class Follower:
         """Carry out gathers, on a thread of their own, until rank 0 ends."""
         while (message := self._reads.receive()) is not None:
             assert message.op is Op.GATHER, message.op
+            if self._device.type == "cuda":
+                torch.cuda.set_device(self._device)  # this thread's own choice, known once `load` is done
             payload = self._gather(*message.lists)
             self._reads.send(encode(Op.GATHERED, num_payload_bytes=len(payload)), raw(payload))
 

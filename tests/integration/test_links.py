@@ -200,14 +200,17 @@ async def outcome(owner: Owner) -> tuple[str, str]:
         return await owner.events.get()
 
 
-async def move_three_blocks(both: Any, number: int = 1) -> None:
-    """A transfer in two chunks, equal at the other end."""
+async def move_three_blocks(both: Any, number: int = 1, layers: tuple[int, ...] = ()) -> None:
+    """A transfer in two chunks, each told of at these numbers of layers, equal at the other end."""
     item = export(number, 10)
     both.intake.wanted[item.transfer_id] = SimpleNamespace(
         key="r", num_blocks=3, num_cached_tokens=0, block_tables=[]
     )
     both.senders.add(both.peer, item)
     for computed in (6, 10):
+        for num_layers in layers:
+            item.advance_layers(((7, 2, 9),), computed, num_layers)
+            both.senders.advance(item)
         item.advance(((7, 2, 9),), computed)
         both.senders.advance(item)
     item.first_tokens = (FirstToken(choice=0, token_id=5),)
@@ -237,6 +240,35 @@ async def test_blocks_arrive_chunk_by_chunk_and_commit(transports: tuple[str, st
         assert moved(both.sender) == moved(both.receiver) == 3 * block_bytes
         assert both.senders.open_transports == {"d": chosen}
         assert both.receivers.open_transports == {"p": chosen}
+
+
+@pytest.mark.parametrize("layers", [(1, 2, 3), (2,), (3,)])
+async def test_layers_of_a_step_that_runs_arrive_and_commit(layers: tuple[int, ...]) -> None:
+    async with pair() as both:
+        await move_three_blocks(both, layers=layers)
+        block_bytes = both.sender.engine.kv_cache.groups[0][:, :, 0].nbytes
+        assert moved(both.sender) == moved(both.receiver) == 3 * block_bytes
+
+
+async def test_an_abort_in_the_midst_of_a_step_commits_nothing() -> None:
+    """Some layers of some blocks have left; nothing may come of them, and the link goes on."""
+    async with pair() as both:
+        item = export(1, 10)
+        both.intake.wanted[item.transfer_id] = SimpleNamespace(
+            key="r", num_blocks=3, num_cached_tokens=0, block_tables=[]
+        )
+        both.senders.add(both.peer, item)
+        item.advance_layers(((7, 2, 9),), 10, 2)
+        both.senders.advance(item)
+        async with asyncio.timeout(5):
+            while not moved(both.receiver):
+                await asyncio.sleep(0.01)
+        both.senders.cancel(item, "given up")
+        item.advance(((7, 2, 9),), 10)
+        item.first_tokens = (FirstToken(choice=0, token_id=5),)
+        both.senders.advance(item)
+        await move_three_blocks(both, 2)
+        assert both.intake.commits.empty()
 
 
 async def test_memory_that_does_not_open_here_is_not_chosen(monkeypatch: pytest.MonkeyPatch) -> None:

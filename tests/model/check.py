@@ -33,6 +33,7 @@ RUNS = (
     Run("every run ends", ("F=1",), cycles=True),
     Run("bug: tickets without their epoch", ("NO_EPOCH_CHECK",), found="owner[block_of[found]]==whose"),
     Run("bug: commit without counting frames", ("NO_FRAME_COUNT",), found="scattered[t]==2"),
+    Run("bug: wrong bytes count as scattered", ("NO_CHECKSUM",), found="scattered[t]==2"),
     Run("bug: a frame given up keeps its credit", ("NO_CREDIT_BACK",), found="p_credits==1"),
     Run(
         "bug: another thread than the scattering one frees",

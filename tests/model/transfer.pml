@@ -1,6 +1,6 @@
 /* KV transfers over one link, as kvtransfer/ and decode_svc/ run them; `make model` checks all of it.
  *
- * One sender P, one receiver D, N transfers of F frames each, E epochs of the link, S slabs, B blocks in D's pool.
+ * One sender P, one receiver D, N transfers of F frames each (of blocks and layers in whatever order they are written), E epochs of the link, S slabs, B blocks in D's pool.
  * A block holds one transfer. An action that the code takes under the pump's lock, or on one thread without waiting,
  * is one atomic step here; everything else interleaves: P's loop and pump, D's loop, pump and engine thread, the gateway.
  * What can go wrong: an epoch breaks at any moment and the two sides notice at different times; the client of transfer 0
@@ -9,13 +9,13 @@
  *
  * Checked in every reachable state (assertions) and at every end of a run (Monitor):
  *   no stale write   the engine writes a frame only into a block that belongs to the frame's own transfer
- *   complete ack     COMMITTED, and thus CommitAck, implies that all frames were scattered
+ *   complete ack     COMMITTED, and thus CommitAck, implies that all frames were scattered with the right bytes
  *   no credit lost   a slab is there for each header; a link that is up ends with all credits at the sender
  *   every end        each transfer ends on both sides, and P never believes in a commit that D does not have
  *   nothing held     no block, slab, message or frame is left over
  * That each run has an end at all: no cycle exists (`pan -l`).
  *
- * Bugs that the model must catch, by -D: NO_EPOCH_CHECK, NO_FRAME_COUNT, NO_CREDIT_BACK, FREE_ON_LOOP.
+ * Bugs that the model must catch, by -D: NO_EPOCH_CHECK, NO_FRAME_COUNT, NO_CREDIT_BACK, FREE_ON_LOOP, NO_CHECKSUM.
  */
 
 #ifndef N
@@ -37,7 +37,7 @@
 #define DEPTH 10
 
 mtype = { Hello, Welcome, Offer, Reserved, Rejected, Header, Credit, Commit, CommitAck, Cancel };
-mtype = { Want, Frame, Committed, Drop };
+mtype = { Want, Frame, Spoilt, Committed, Drop };
 mtype = { No, New, Offered, Granted, CommitSent, Ended };
 mtype = { Open, Done, Aborted };
 
@@ -288,13 +288,13 @@ end:
        announced[e]?t(k); wire[e]?whose(right);
        assert(t == NOBODY || t == whose);                /* frames are matched by order */
        if
-       :: t == NOBODY || !d_open[t] -> release(e); right = 0
-       :: t != NOBODY && d_open[t] && !right -> release(e); send_p(e, Cancel, t, 0); d_abort(t)
+       :: t == NOBODY || !d_open[t] -> release(e); t = NOBODY
        :: else
        fi }
      atomic {
        if
-       :: right -> tell(Frame, t, e, k, whose)
+       :: t != NOBODY && right -> tell(Frame, t, e, k, whose)
+       :: t != NOBODY && !right -> tell(Spoilt, t, e, k, whose)
        :: else
        fi; t = 0; k = 0; whose = 0; right = 0 }
   od
@@ -323,7 +323,7 @@ inline reserve(t) {
 }
 
 proctype D_engine() {
-  byte t, e, k, whose, found;
+  byte t, e, k, whose, found; bit right;
 end:
   do
   :: reserve(0)
@@ -335,21 +335,30 @@ end:
   :: atomic { inbox?Want(t, e, k, whose) -> wanted[t] = 1; t = 0 }
   :: atomic { inbox?Committed(t, e, k, whose) -> t = 0 }
   :: atomic { inbox?Drop(t, e, k, whose) -> wanted[t] = 0; free_block(t); t = 0 }
-  :: atomic { inbox?Frame(t, e, k, whose) -> may_scatter(e, k, found) };
+  :: atomic {
+       if
+       :: inbox?Frame(t, e, k, whose) -> right = 1
+       :: inbox?Spoilt(t, e, k, whose)
+       fi;
+       may_scatter(e, k, found) };
      /* Here others run: the transfer may end, but its block stays, because this thread frees blocks. */
      atomic {
        if
-       :: found != NOBODY ->
+       :: found != NOBODY ->                             /* that bytes are wrong is known when they lie in the block */
             assert(block_of[found] != NOBODY && owner[block_of[found]] == whose);
-            scattered[whose]++
+            scattered[whose] = scattered[whose] + right
        :: else
        fi;
        release(e);                                       /* frame_scattered */
+#ifdef NO_CHECKSUM
+       right = 1;
+#endif
        if
-       :: found != NOBODY && d_open[found] && e == d_epoch -> d_outstanding[found]--; d_complete(found)
+       :: found != NOBODY && d_open[found] && e == d_epoch && right -> d_outstanding[found]--; d_complete(found)
+       :: found != NOBODY && d_open[found] && e == d_epoch && !right -> send_p(e, Cancel, found, 0); d_abort(found)
        :: else
        fi;
-       t = 0; e = 0; k = 0; whose = 0; found = 0 }
+       t = 0; e = 0; k = 0; whose = 0; found = 0; right = 0 }
   od
 }
 

@@ -1,5 +1,7 @@
 """The size of a GPU's KV pool, from numbers that a GPU would give."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -16,6 +18,7 @@ def test_the_pool_gets_its_share_of_what_weights_and_steps_leave():
     memory = DeviceMemory(free_bytes=100 * GIB, step_bytes=5 * GIB)
     assert kv_cache_bytes(memory, utilization=0.5, captured=False) == 95 * GIB // 2
     assert kv_cache_bytes(memory, utilization=1.0, captured=True) == 90 * GIB
+    assert kv_cache_bytes(memory, utilization=0.5, captured=False, linked_bytes=GIB) == 47 * GIB
 
 
 def test_a_gpu_that_is_full_has_none():
@@ -70,6 +73,11 @@ def test_what_is_measured_becomes_the_pools_memory(tiny_model):
         == ((1 << 20) - 1000) // 2
     )
     assert with_kv_memory(config, tiny_model) is config, "a CPU is not measured"
+    linked = replace(config, linked_memory_bytes=1 << 19)
+    assert (
+        with_kv_memory(linked, tiny_model, FakeMeter(1 << 20)).kv_cache_memory_bytes
+        == ((1 << 19) - 1000) // 2
+    )
 
 
 def test_ranks_are_profiled_together_and_serve_afterwards(checkpoint, make_engine, make_request, tmp_path):

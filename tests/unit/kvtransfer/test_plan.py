@@ -42,17 +42,20 @@ def cells(rectangle: Rectangle) -> set[tuple[int, int]]:
 
 @given(
     num_layers=st.integers(1, 40),
+    cut=st.tuples(st.integers(0, 39), st.integers(1, 40)),
     first=st.integers(0, 50),
     count=st.integers(0, 60),
     spare=st.integers(0, 5000),
 )
-def test_rectangles_cover_every_cell_once_and_fit_the_slab(num_layers, first, count, spare):
+def test_rectangles_cover_every_cell_once_and_fit_the_slab(num_layers, cut, first, count, spare):
     facts = with_layers(num_layers)
     slab_bytes = layer_block_bytes(facts.groups[0], 4) + spare
-    pieces = rectangles(facts, 0, first, count, slab_bytes)
+    layers = range(num_layers)[cut[0] : cut[1]] or range(num_layers)
+    pieces = rectangles(facts, 0, first, count, slab_bytes, layers)
+    assert layers != range(num_layers) or pieces == rectangles(facts, 0, first, count, slab_bytes)
     covered = [cell for piece in pieces for cell in cells(piece)]
     assert len(covered) == len(set(covered))
-    assert set(covered) == {(b, layer) for b in range(first, first + count) for layer in range(num_layers)}
+    assert set(covered) == {(b, layer) for b in range(first, first + count) for layer in layers}
     assert all(rectangle_bytes(facts, piece) <= slab_bytes for piece in pieces)
     assert [p.first_block for p in pieces] == sorted(p.first_block for p in pieces)
 

@@ -53,6 +53,16 @@ def test_every_worker_gets_its_ranks_and_their_devices():
     assert (parsed(on_cpu).tensor_parallel_size, parsed(on_cpu).devices) == (4, "")
 
 
+def test_workers_on_one_gpu_share_its_memory():
+    flags = ["--prefill-devices=0", "--decode-devices=0,1", "--decode=2", "--gpu-memory-utilization=0.8"]
+    found = {name: parsed(command(WHERE)) for name, command in plan(*flags).workers.items()}
+    assert {name: (each.devices, each.gpu_memory_utilization) for name, each in found.items()} == {
+        "prefill-0": ("0", 0.4),
+        "decode-0": ("0", 0.4),
+        "decode-1": ("1", 0.8),
+    }
+
+
 def test_too_few_devices_are_refused():
     message = "--decode-devices 0,1,2: 2 decode workers with --decode-tp 2 need 4 devices, got 3"
     with pytest.raises(StartupError, match=message):

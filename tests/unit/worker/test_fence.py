@@ -1,0 +1,52 @@
+"""Calls wait for what was queued before them, in order, and never on the thread that queues."""
+
+import queue
+import threading
+
+from worker.fence import AtOnce, BehindEvents, fence_for
+
+TIMEOUT_S = 10
+
+
+class FakeStream:
+    """Operations of a GPU, done when the test says so."""
+
+    def __init__(self):
+        self.done = threading.Semaphore(0)
+        self.recorded_by = []
+
+    def event(self):
+        return FakeEvent(self)
+
+
+class FakeEvent:
+    def __init__(self, stream):
+        self._stream = stream
+
+    def record(self):
+        self._stream.recorded_by.append(threading.current_thread())
+
+    def synchronize(self):
+        assert self._stream.done.acquire(timeout=TIMEOUT_S)
+
+
+def test_on_a_cpu_what_returned_is_done():
+    calls = []
+    fence = fence_for("cpu")
+    assert isinstance(fence, AtOnce)
+    fence.then(lambda: calls.append(threading.current_thread()))
+    assert calls == [threading.current_thread()]
+
+
+def test_calls_come_behind_their_events_in_order():
+    stream, entered, calls = FakeStream(), queue.SimpleQueue(), queue.SimpleQueue()
+    fence = BehindEvents(stream.event, lambda: entered.put(threading.current_thread()))
+    waiting = entered.get(timeout=TIMEOUT_S)
+    for number in range(3):
+        fence.then(lambda number=number: calls.put((number, threading.current_thread())))
+    assert stream.recorded_by == [threading.current_thread()] * 3
+    assert calls.empty()
+    for number in range(3):
+        stream.done.release()
+        assert calls.get(timeout=TIMEOUT_S) == (number, waiting)
+    assert calls.empty()
