@@ -1,7 +1,8 @@
 """How full the memory is that this process may have, and when that is too full for new work.
 
-The kernel kills a process of a full control group without a word. What it can take back at once, file pages
-that nobody has used for a while, does not count as used. Groups are nested, and each may have a limit.
+The kernel kills a process of a full control group without a word. What it takes back before that, pages of
+files, does not count as used: reading a checkpoint fills a group with them. Groups are nested, and each may
+have a limit.
 """
 
 import logging
@@ -28,8 +29,8 @@ class Group:
     folder: Path
     limit: str
     usage: str
-    idle_pages: str
-    """Line of `memory.stat` with the bytes of file pages that can be taken back."""
+    prefix: str
+    """Of the lines of `memory.stat` that count the groups below, too."""
 
     def share(self) -> float:
         """Used of the limit; 0 without a limit. OSError if the group is gone or not ours to see."""
@@ -37,7 +38,8 @@ class Group:
         if limit == "max":
             return 0.0
         stat = dict(line.split(maxsplit=1) for line in (self.folder / "memory.stat").read_text().splitlines())
-        used = int((self.folder / self.usage).read_text()) - int(stat.get(self.idle_pages, 0))
+        of_files = sum(int(stat.get(f"{self.prefix}{age}_file", 0)) for age in ("active", "inactive"))
+        used = int((self.folder / self.usage).read_text()) - of_files
         return max(used, 0) / max(int(limit), 1)
 
 
@@ -92,10 +94,10 @@ def _groups(membership: str, cgroups: Path) -> Iterator[Group]:
     _, controllers, path = membership.split(":", 2)
     if not controllers:
         for folder in _chain(cgroups, path):
-            yield Group(folder, "memory.max", "memory.current", "inactive_file")
+            yield Group(folder, "memory.max", "memory.current", "")
     elif "memory" in controllers.split(","):
         for folder in _chain(cgroups / "memory", path):
-            yield Group(folder, "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+            yield Group(folder, "memory.limit_in_bytes", "memory.usage_in_bytes", "total_")
 
 
 def _chain(root: Path, path: str) -> list[Path]:

@@ -66,7 +66,11 @@ def test_a_real_limit_is_seen_before_it_is_met() -> None:
 
 
 def _limit(folder: Path, *, used_share: float) -> None:
-    """A limit of which what is used, but for idle file pages, is such a share."""
+    """A limit of which what is used, but for pages of files, is such a share."""
     stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
-    used = int((folder / "memory.usage_in_bytes").read_text()) - int(stat["total_inactive_file"])
+    used = (
+        int((folder / "memory.usage_in_bytes").read_text())
+        - int(stat["total_inactive_file"])
+        - int(stat["total_active_file"])
+    )
     cgroups.limit_memory(folder, int(used / used_share))

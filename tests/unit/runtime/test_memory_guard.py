@@ -33,7 +33,8 @@ def v1(machine, path, limit, usage, idle=0):
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "memory.limit_in_bytes").write_text(f"{limit}\n")
     (folder / "memory.usage_in_bytes").write_text(f"{usage}\n")
-    (folder / "memory.stat").write_text(f"cache 9\ntotal_inactive_file {idle}\n")
+    files = f"total_active_file {idle - 1}\ntotal_inactive_file 1\n"
+    (folder / "memory.stat").write_text(f"active_file 7\n{files}")
 
 
 def v2(machine, path, limit, usage, idle=0):
@@ -41,7 +42,7 @@ def v2(machine, path, limit, usage, idle=0):
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "memory.max").write_text(f"{limit}\n")
     (folder / "memory.current").write_text(f"{usage}\n")
-    (folder / "memory.stat").write_text(f"anon 1\ninactive_file {idle}\n")
+    (folder / "memory.stat").write_text(f"anon 1\nactive_file 0\ninactive_file {idle}\n")
 
 
 def share(machine):
