@@ -1,7 +1,7 @@
 """The public gRPC face, tandem.v1.InferenceService. Converts and delegates."""
 
 import secrets
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import Awaitable, Callable
 from contextlib import aclosing
 from dataclasses import replace
 from typing import Any, TypeAlias
@@ -40,17 +40,15 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
         self._flow = flow
         self._api_keys = api_keys
 
-    async def Generate(
-        self, request: inference_pb2.GenerateRequest, context: Context
-    ) -> AsyncIterator[inference_pb2.GenerateResponse]:
-        """Deltas; the last one of a choice carries its finish reason, the last one of all usage."""
+    async def Generate(self, request: inference_pb2.GenerateRequest, context: Context) -> None:
+        """Writes deltas; the last one of a choice carries its finish reason, the last one of all usage."""
         async with rpc.translated(context):
             asked = self._asked(request, context, stream=True)
             with Patience() as patience:
                 async with aclosing(self._flow.stream(asked)) as deltas:
                     async for delta in deltas:
                         patience.begin()
-                        yield _response(asked.request_id, delta)
+                        await context.write(_response(asked.request_id, delta))
                         patience.end()
 
     async def Complete(

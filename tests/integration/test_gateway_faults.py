@@ -63,7 +63,8 @@ async def test_prefill_worker_dies_after_the_hand_over() -> None:
     async with cluster(("prefill", "p1"), ("decode", "d1")) as made, http(made) as client:
         made.workers["d1"].faults.token_delay_s = 0.02
         request = asyncio.ensure_future(run(client, made))
-        await made.until(lambda: made.workers["p1"].submits and not made.workers["p1"].live)
+        heard = made.gateway.fleet.client("p1")
+        await made.until(lambda: made.workers["p1"].submits and not heard.num_live)
         await made.workers["p1"].die()
         await request
         assert len(made.workers["d1"].submits) == 1
