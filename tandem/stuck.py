@@ -31,14 +31,21 @@ class StuckWorkers:
         """By process that has been and is not, when that was first seen."""
 
     def observe(self, alive: Collection[int], useful: Collection[int]) -> list[int]:
-        """The stuck among the pids of workers that live; `useful` are those that serve, the gateway says."""
+        """The stuck among the pids of workers that live; `useful` are those that serve, the gateway says.
+
+        Each is named once, unless it serves again.
+        """
         now = self._clock.now()
         if now - self._asked_s > GAP_S:
             self._since_s.clear()
         self._asked_s = now
         self._served = {pid for pid in alive if pid in self._served or pid in useful}
         self._since_s = {pid: self._since_s.get(pid, now) for pid in self._served if pid not in useful}
-        return [pid for pid, since_s in self._since_s.items() if now - since_s > self._limit_s]
+        stuck = [pid for pid, since_s in self._since_s.items() if now - since_s > self._limit_s]
+        for pid in stuck:
+            self._served.discard(pid)
+            del self._since_s[pid]
+        return stuck
 
     def check(self) -> None:
         """Only who has served can be missed."""

@@ -4,6 +4,7 @@ import asyncio
 import logging
 import os
 import sys
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from runtime.lifecycle import Shutdown
 from tandem import fleet as fleet_module
 from tandem.fleet import Fleet, FleetPlan
 from tandem.restarts import MAX_CRASHES
+from tandem.stuck import StuckWorkers
 
 pytestmark = pytest.mark.e2e
 
@@ -69,13 +71,22 @@ async def test_a_worker_that_lives_and_does_not_serve_is_started_again(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(fleet_module, "LOOK_S", 0.05)
+    served: set[int] = set()
+    observe = StuckWorkers.observe
+
+    def noting(self: StuckWorkers, alive: Collection[int], useful: Collection[int]) -> list[int]:
+        served.update(useful)
+        return observe(self, alive, useful)
+
+    monkeypatch.setattr(StuckWorkers, "observe", noting)
     shutdown, ready = Shutdown(), asyncio.Event()
     fleet = Fleet(plan(tmp_path), say=lambda _: None)
     serving = asyncio.ensure_future(fleet.serve(shutdown, lambda _: ready.set()))
     async with asyncio.timeout(20):
         await ready.wait()
         before = {member.name: member.pid for member in fleet.members}
-        await asyncio.sleep(0.2)  # it has been seen to serve
+        while before["decode-1"] not in served:
+            await asyncio.sleep(0.01)
         (tmp_path / "stuck").write_text(str(before["decode-1"]))
         while "decode-1 lives and does not serve" not in caplog.text:
             await asyncio.sleep(0.01)
