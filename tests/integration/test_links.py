@@ -250,6 +250,19 @@ async def test_layers_of_a_step_that_runs_arrive_and_commit(layers: tuple[int, .
         assert moved(both.sender) == moved(both.receiver) == 3 * block_bytes
 
 
+async def test_the_threads_of_a_link_turn_to_the_pools_device_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    turned = []
+
+    def turn(device: torch.device) -> None:
+        turned.append((threading.current_thread().name, str(device)))
+
+    monkeypatch.setattr("prefill_svc.links.use_apart", turn)
+    monkeypatch.setattr("decode_svc.links.use_device", turn)
+    async with pair() as both:
+        await move_three_blocks(both)
+    assert sorted(turned) == [("kv-receive-1", "cpu"), ("kv-send-1", "cpu")]
+
+
 async def test_an_abort_in_the_midst_of_a_step_commits_nothing() -> None:
     """Some layers of some blocks have left; nothing may come of them, and the link goes on."""
     async with pair() as both:

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from runtime.errors import StartupError
-from worker.devices import device_names
+from worker.devices import device_names, use, use_apart
 
 
 def test_without_devices_all_ranks_share_the_cpu():
@@ -30,3 +30,15 @@ def test_what_is_not_there_is_refused(monkeypatch, devices, size, reason):
 def test_one_gpu_for_each_rank(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
     assert device_names("3, 01", 2) == ["cuda:3", "cuda:1"]
+
+
+def test_a_thread_turns_to_its_gpu_and_a_links_to_a_stream_of_its_own(monkeypatch):
+    calls = []
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: calls.append(("device", str(device))))
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: f"a stream on {device}")
+    monkeypatch.setattr(torch.cuda, "set_stream", lambda stream: calls.append(("stream", stream)))
+    use("cpu")
+    use_apart(torch.device("cpu"))
+    assert not calls
+    use_apart(torch.device("cuda:1"))
+    assert calls == [("device", "cuda:1"), ("stream", "a stream on cuda:1")]

@@ -3,6 +3,10 @@
 import queue
 import threading
 
+import pytest
+import torch
+
+from worker.devices import use_apart
 from worker.fence import AtOnce, BehindEvents, fence_for
 
 TIMEOUT_S = 10
@@ -50,3 +54,24 @@ def test_calls_come_behind_their_events_in_order():
         stream.done.release()
         assert calls.get(timeout=TIMEOUT_S) == (number, waiting)
     assert calls.empty()
+
+
+@pytest.mark.gpu
+def test_what_a_gpu_wrote_is_there_for_other_streams():
+    if not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+    count, seen = torch.zeros(1 << 24, device="cuda:0"), queue.SimpleQueue()
+
+    def read():
+        use_apart("cuda:0")
+        seen.put(set(count[:: 1 << 20].tolist()))
+
+    fence = fence_for("cuda:0")
+    for number in range(1, 201):
+        count += 1
+        if number == 100:
+            fence.then(read)
+    assert min(seen.get(timeout=TIMEOUT_S)) >= 100
+    torch.cuda.synchronize()
+    fence.then(read)
+    assert seen.get(timeout=TIMEOUT_S) == {200}
