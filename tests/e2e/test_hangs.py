@@ -1,11 +1,13 @@
 """Workers that live and do not move: a step that hangs, a stop, a freeze, a share of a CPU."""
 
+import contextlib
 import os
 import signal
 import threading
 import time
 from typing import Any
 
+import psutil
 import pytest
 
 from tests.e2e.harness import Up, eventually
@@ -115,6 +117,37 @@ def test_a_worker_with_a_tenth_of_a_cpu_is_slow_and_not_dead(split: Up) -> None:
         before = retries(split)
         assert stream(split, {}, **OPTIONS) == want
         assert cgroups.num_throttled(first) + cgroups.num_throttled(second) > 0
+        assert retries(split) == before
+        assert all_ready(split)
+    expect_whole(split)
+
+
+def gateway_pid(up: Up) -> int:
+    return next(
+        process.pid
+        for process in psutil.Process(up.process.pid).children(recursive=True)
+        if "gateway" in process.cmdline()
+    )
+
+
+@pytest.mark.long
+@pytest.mark.skipif(not cgroups.has_cpu_quota(), reason="no CPU quota by cgroups v1 that we may use")
+@pytest.mark.parametrize(("role", "share"), [("gateway", 0.03), ("prefill", 0.1)])
+def test_a_gateway_or_prefill_worker_with_little_of_a_cpu_is_slow_and_not_dead(
+    split: Up, role: str, share: float
+) -> None:
+    """A stream of this model takes less than a tenth of a CPU of the gateway."""
+    expect_whole(split)
+    want = stream(split, {}, **OPTIONS)
+    pids = [pid_of(split, f"prefill-{n}") for n in (0, 1)] if role == "prefill" else [gateway_pid(split)]
+    before = retries(split)
+    with contextlib.ExitStack() as stack:
+        groups = [stack.enter_context(cgroups.group(cgroups.V1_CPU, pid)) for pid in pids]
+        for made in groups:
+            cgroups.limit_cpu(made, share)
+        for number in range(3):
+            assert stream(split, {}, cache_salt=f"slow {role} {number}", **OPTIONS) == want
+        assert sum(map(cgroups.num_throttled, groups)) > 0
         assert retries(split) == before
         assert all_ready(split)
     expect_whole(split)
