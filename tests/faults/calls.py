@@ -5,7 +5,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 from urllib.parse import urlsplit
 
 import grpc
@@ -17,19 +17,19 @@ DEADLINE = "deadline"
 """How a request ended whose time was over."""
 
 
-class Call:
+class Call(Protocol):
     """One request under way; `leave` abandons it, `outcome` is how it ended for the client."""
 
     def leave(self) -> None:
         """Go away without a word."""
-        raise NotImplementedError
+        ...
 
     def outcome(self) -> str:
         """Wait for the end: `done`, `deadline`, or another error."""
-        raise NotImplementedError
+        ...
 
 
-class HttpCall(Call):
+class HttpCall:
     """Over a raw socket, which is closed to leave."""
 
     def __init__(self, up: Up, body: dict[str, Any], timeout_s: float | None) -> None:
@@ -55,7 +55,7 @@ class HttpCall(Call):
         return "done" if answer.startswith(b"HTTP/1.1 200") else answer.decode()
 
 
-class GrpcCall(Call):
+class GrpcCall:
     """Over a channel of its own."""
 
     def __init__(self, up: Up, request: Any, timeout_s: float | None, *, stream: bool) -> None:
