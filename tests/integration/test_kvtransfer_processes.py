@@ -6,6 +6,7 @@ import os
 import signal
 import threading
 import time
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -14,25 +15,16 @@ import torch
 
 from kvtransfer.actions import TransferCommitted, TransferFailed
 from kvtransfer.errors import TransportBroken
-from kvtransfer.messages import FrameHeader, Offer
+from kvtransfer.messages import Offer
 from kvtransfer.states import TransferState
 from kvtransfer.transports.gloo import GlooTransport
 from tests.integration import kv_peer
 from tests.integration.kv_services import ReceiverService
+from tests.unit.kvtransfer.harness import ONE_CELL
 
 LARGE_BYTES = 256 << 20
 
-HEADER = FrameHeader(
-    ticket=2,
-    sequence=0,
-    group=0,
-    first_block=0,
-    num_blocks=1,
-    first_layer=0,
-    num_layers=4,
-    size_index=0,
-    checksum=0,
-)
+HEADER = replace(ONE_CELL, ticket=2, num_layers=4)
 
 
 class Peer:

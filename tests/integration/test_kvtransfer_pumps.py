@@ -6,6 +6,7 @@ import random
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -13,7 +14,6 @@ import torch
 
 from kvtransfer.actions import Granted, TransferCommitted, TransferFailed
 from kvtransfer.errors import TransportBroken
-from kvtransfer.messages import FrameHeader
 from kvtransfer.states import TransferState
 from kvtransfer.transports.faulty import FaultyTransport
 from kvtransfer.transports.gloo import GlooTransport
@@ -28,6 +28,7 @@ from tests.integration.kv_services import (
     SenderService,
     slabs_of,
 )
+from tests.unit.kvtransfer.harness import ONE_CELL
 
 
 def opened_pair(open_rank, timeout_s=3.0):
@@ -180,18 +181,7 @@ def test_a_broken_transport_fails_both_pumps_exactly_once(pair):
 
 def test_a_violation_retires_the_epoch(pair):
     link = pair()
-    bad = FrameHeader(
-        ticket=99,
-        sequence=0,
-        group=0,
-        first_block=0,
-        num_blocks=1,
-        first_layer=0,
-        num_layers=1,
-        size_index=0,
-        checksum=0,
-    )
-    link.down.queue.put(bad)
+    link.down.queue.put(replace(ONE_CELL, ticket=99))
     link.receiver.events.wait(lambda e: e.failures)
     assert "99" in link.receiver.events.failures[0]
     # The sender learns it from its transport.

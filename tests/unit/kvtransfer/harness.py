@@ -13,7 +13,7 @@ from kvtransfer.actions import (
     TransferCommitted,
 )
 from kvtransfer.layout import KvFacts, KvGroup, layer_block_bytes, num_blocks_of
-from kvtransfer.messages import FirstToken, Welcome
+from kvtransfer.messages import FirstToken, FrameHeader, Welcome
 from kvtransfer.plan import Rectangle, rectangles
 from kvtransfer.receiver import ReceiverLink
 from kvtransfer.sender import SenderLink
@@ -34,6 +34,18 @@ FACTS = KvFacts(
 # The slab holds two cells of the larger group: its blocks are cut by layers.
 WELCOME = Welcome(epoch=1, transport="local", frame_sizes=(40, 20, 10), num_slabs=2)
 TOKEN = (FirstToken(choice=0, token_id=7),)
+ONE_CELL = FrameHeader(
+    ticket=1,
+    sequence=0,
+    group=0,
+    first_block=0,
+    num_blocks=1,
+    first_layer=0,
+    num_layers=1,
+    size_index=0,
+    checksum=0,
+)
+"""Announces a frame with one block in one layer."""
 
 
 def cells_of(rectangle: Rectangle):

@@ -21,7 +21,6 @@ from kvtransfer.messages import (
     CommitAck,
     Credit,
     FirstToken,
-    FrameHeader,
     Offer,
     Ping,
     Rejected,
@@ -35,20 +34,10 @@ from kvtransfer.states import Tombstones, TransferState
 from runtime.clock import ManualClock
 from runtime.errors import AlreadyExists, Cancelled, InvalidRequest, Unavailable
 from runtime.limits import COMMIT_TIMEOUT_S, RESERVE_TIMEOUT_S
-from tests.unit.kvtransfer.harness import FACTS, TOKEN, WELCOME, Harness
+from tests.unit.kvtransfer.harness import FACTS, ONE_CELL, TOKEN, WELCOME, Harness
 
 ID = b"id"
-HEADER = FrameHeader(
-    ticket=1,
-    sequence=0,
-    group=0,
-    first_block=1,
-    num_blocks=1,
-    first_layer=0,
-    num_layers=2,
-    size_index=0,
-    checksum=5,
-)
+HEADER = replace(ONE_CELL, first_block=1, num_layers=2, checksum=5)
 COMMIT = Commit(ticket=1, transfer_id=ID, num_frames=0, checksum=0, first_tokens=TOKEN, cached_tokens=0)
 
 

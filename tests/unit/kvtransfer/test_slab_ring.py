@@ -5,21 +5,10 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from kvtransfer.actions import IncomingFrame
-from kvtransfer.messages import FrameHeader
 from kvtransfer.slab_ring import SlabRing
+from tests.unit.kvtransfer.harness import ONE_CELL
 
 NUM_SLABS = 3
-HEADER = FrameHeader(
-    ticket=1,
-    sequence=0,
-    group=0,
-    first_block=0,
-    num_blocks=1,
-    first_layer=0,
-    num_layers=1,
-    size_index=0,
-    checksum=0,
-)
 
 
 class Slabs(RuleBasedStateMachine):
@@ -37,7 +26,7 @@ class Slabs(RuleBasedStateMachine):
         frame = IncomingFrame(
             number=self.ring.next_number,
             transfer_id=b"t",
-            header=HEADER,
+            header=ONE_CELL,
             slab=self.ring.next_slab,
             payload_bytes=0,
             size_bytes=0,
