@@ -12,7 +12,7 @@ ALIGNMENT = 64
 """Bytes; kernels that are compiled for a place load wide from aligned ones."""
 
 NUM_STAGES = 2
-"""Host copies, used in turn: one is filled while the other one is still on its way."""
+"""Host copies, used in turn, unless a caller wants more: one is filled while the other is on its way."""
 
 Layout = Mapping[str, tuple[torch.dtype, tuple[int, ...]]]
 """Type and shape of each tensor, in the order of their places."""
@@ -22,15 +22,15 @@ class StagedBuffers:
     """One piece of device memory and its twins on the host, pinned if the device is a GPU.
 
     The host writes `host`, then `send` starts the copy of the front part on the current stream. Whoever
-    calls `send` a third time must have waited for the end of the first copy.
+    calls `send` more than `num_stages` times must have waited for the end of the first copy.
     """
 
-    def __init__(self, layout: Layout, device: torch.device) -> None:
+    def __init__(self, layout: Layout, device: torch.device, num_stages: int = NUM_STAGES) -> None:
         self._ends = _ends(layout)
         num_bytes = max(self._ends.values())
         self._stages = [
             torch.zeros(num_bytes, dtype=torch.uint8, pin_memory=device.type == "cuda")
-            for _ in range(NUM_STAGES)
+            for _ in range(num_stages)
         ]
         self._hosts = [
             {name: each.numpy() for name, each in _views(stage, layout, self._ends).items()}
@@ -43,15 +43,15 @@ class StagedBuffers:
 
     @property
     def host(self) -> dict[str, NDArray[np.generic]]:
-        """The twin that is next; what it held before is what was sent two turns ago."""
+        """The twin that is next; what it held before is what was sent a round of turns ago."""
         return self._hosts[self._turn]
 
     def send(self, last: str, num_rows: int) -> None:
-        """Copy everything up to the first so many rows of the tensor `last`, and turn to the other twin."""
+        """Copy everything up to the first so many rows of the tensor `last`, and turn to the next twin."""
         rest = self.device[last][num_rows:]
         num_bytes = self._ends[last] - rest.numel() * rest.element_size()
         self._memory[:num_bytes].copy_(self._stages[self._turn][:num_bytes], non_blocking=True)
-        self._turn = (self._turn + 1) % NUM_STAGES
+        self._turn = (self._turn + 1) % len(self._stages)
 
 
 def _num_bytes(dtype: torch.dtype, shape: tuple[int, ...]) -> int:

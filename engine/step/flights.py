@@ -15,6 +15,7 @@ from engine.plan import Scheduled
 from engine.request import Request, RequestState
 from engine.sampler import NOT_FINITE, Sample
 from engine.step.graphs import StepGraphs
+from engine.step.host_copies import HostCopies
 from engine.step.inputs import NO_SOURCE
 
 NUM_HOST_COPIES = 2
@@ -42,13 +43,7 @@ class Flights:
 
     def __init__(self, graphs: StepGraphs, drawn: Tensor) -> None:
         self._graphs = graphs
-        self._drawn = drawn
-        on_gpu = drawn.device.type == "cuda"
-        self._hosts = [
-            torch.empty_like(drawn, device="cpu", pin_memory=on_gpu) for _ in range(NUM_HOST_COPIES)
-        ]
-        self._events = [torch.cuda.Event() if on_gpu else None for _ in self._hosts]
-        self._turn = 0
+        self._copies = HostCopies(drawn, NUM_HOST_COPIES)
 
     def takes(self, plan: Sequence[Scheduled]) -> bool:
         """The plan decodes, draws on the device and fits."""
@@ -68,22 +63,7 @@ class Flights:
         spans = [_span(item.request, source) for item, source in zip(plan, sources, strict=True)]
         draws = [Draw.of(item.request) for item in plan]
         self._graphs.run(shape, spans, draws, sources)
-        return Flight(plan, self._copy())
-
-    def _copy(self) -> Callable[[], Tensor]:
-        """Start the copy of what is drawn to the host; the result waits for its end, and for nothing else."""
-        host, event = self._hosts[self._turn], self._events[self._turn]
-        self._turn = (self._turn + 1) % NUM_HOST_COPIES
-        host.copy_(self._drawn, non_blocking=True)
-        if event is not None:
-            event.record()
-
-        def arrived() -> Tensor:
-            if event is not None:
-                event.synchronize()
-            return host
-
-        return arrived
+        return Flight(plan, self._copies.start())
 
 
 def draws_on_device(request: Request) -> bool:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from engine.batch import Span
 from engine.drawing import Draw
-from engine.step.buffers import Layout, StagedBuffers
+from engine.step.buffers import NUM_STAGES, Layout, StagedBuffers
 from engine.step.shapes import StepShape
 from kernels.buffered_batch import BufferedBatch
 from kernels.paged_batch import PagedBatch
@@ -57,7 +57,7 @@ class StepViews:
 
 
 class StepInputs:
-    """Buffers for every shape up to a size."""
+    """Buffers for every shape up to a size; `num_stages` may be filled before the first of them was read."""
 
     def __init__(
         self,
@@ -67,6 +67,7 @@ class StepInputs:
         max_model_len: int,
         block_size: int,
         device: torch.device,
+        num_stages: int = NUM_STAGES,
     ) -> None:
         self._max_model_len = max_model_len
         self._block_size = block_size
@@ -79,7 +80,7 @@ class StepInputs:
             "context_lens": (torch.int32, (max_num_seqs,)),
             "block_tables": (torch.int32, (max_num_seqs, -(-max_model_len // block_size))),
         }
-        self._buffers = StagedBuffers(layout, device)
+        self._buffers = StagedBuffers(layout, device, num_stages)
 
     def views(self, shape: StepShape) -> StepViews:
         """What a step of this shape reads; at the same places every time."""
