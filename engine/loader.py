@@ -85,11 +85,8 @@ def load_checkpoint(
     require_divisible(model_config, shard.size)
     table = cut(weight_table(model_config), model_config, shard)
     weights = _load_weights(table, stored, dtype, config.device, progress)
-    own = shard.config(model_config)
-    if model_config.tie_word_embeddings and not own.tie_word_embeddings:
-        rows = shard.of(model_config.vocab_size)
-        weights["lm_head"] = weights["embed"][rows.start : rows.stop]
-    module = Llama(own, weights, _rope_tables(model_config, max_model_len, config.device))
+    rope = _rope_tables(model_config, max_model_len, config.device)
+    module = Llama(shard.config(model_config), weights, rope)
     model_hash = content_hash(canonical_json(raw_config), stored)
     return module, _facts(model_config, model_hash, max_model_len, dtype)
 

@@ -6,12 +6,12 @@ It knows nothing of checkpoints' names, of requests or of policy. Shapes: n rows
 from collections.abc import Mapping
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from engine.models.config import LlamaConfig
+from engine.models.embedding import Embedding, PlainEmbedding
 from engine.models.inputs import FinalRows
-from engine.models.linear import linear
+from engine.models.linear import Linear, linear
 from engine.models.rope import RopeTables
 from kernels import ops
 from kernels.attention import AttentionBatch
@@ -75,9 +75,9 @@ class Llama:
     def __init__(self, config: LlamaConfig, weights: Mapping[str, Tensor], rope: RopeTables) -> None:
         self.config = config
         self._rope = rope
-        self._embed = weights["embed"]
+        self.embed: Embedding = PlainEmbedding(weights["embed"])
         self._norm = weights["norm"]
-        self.lm_head = linear(weights["embed" if config.tie_word_embeddings else "lm_head"])
+        self.lm_head: Linear = linear(weights["embed" if config.tie_word_embeddings else "lm_head"])
         self.layers = [LlamaLayer(config, weights, f"layers.{i}") for i in range(config.num_layers)]
 
     def forward(
@@ -95,7 +95,7 @@ class Llama:
         head_dim]; slot_mapping: int64 [num_tokens <= n], rows beyond it, or with a negative slot,
         are padding. With `final` the result is [len(final.rows), h].
         """
-        x = F.embedding(token_ids, self._embed)
+        x = self.embed.lookup(token_ids)
         residual = torch.zeros_like(x)
         finals = [*[None] * (len(self.layers) - 1), final]
         for layer, kv_layer, only in zip(self.layers, kv_group, finals, strict=True):

@@ -33,7 +33,7 @@ class Shard:
         return range(first, first + max(num_kv_heads // self.size, 1))
 
     def config(self, config: LlamaConfig) -> LlamaConfig:
-        """Sizes of this rank's module; its output rows are a matrix of their own."""
+        """Sizes of this rank's module, but for the rows of its embedding and of its output."""
         if self.size == 1:
             return config
         return replace(
@@ -41,7 +41,6 @@ class Shard:
             num_q_heads=len(self.of(config.num_q_heads)),
             num_kv_heads=len(self.kv_heads(config.num_kv_heads)),
             intermediate_size=len(self.of(config.intermediate_size)),
-            tie_word_embeddings=False,
         )
 
     def kv_spec(self, spec: KvGroupSpec) -> KvGroupSpec:
@@ -55,11 +54,13 @@ WHOLE = Shard()
 def require_divisible(config: LlamaConfig, size: int) -> None:
     """StartupError unless `size` ranks can share the model."""
     larger, smaller = max(config.num_kv_heads, size), min(config.num_kv_heads, size)
+    without_rows = [rank for rank in range(size) if not Shard(rank, size).of(config.vocab_size)]
     checks = {
         f"num_attention_heads {config.num_q_heads} is no multiple of it": config.num_q_heads % size,
         f"intermediate_size {config.intermediate_size} is no multiple of it": config.intermediate_size % size,
         f"num_key_value_heads {config.num_kv_heads} is neither a multiple nor a divisor of it": larger
         % smaller,
+        f"vocab_size {config.vocab_size} is too small for it": len(without_rows),
     }
     wrong = [reason for reason, remainder in checks.items() if remainder]
     if wrong:

@@ -1,8 +1,9 @@
 """Which part of each stored tensor a rank reads: a pass over the weight table.
 
 Column-parallel weights are cut by output rows (q, k and v by heads, gate and up each by the same columns of
-the MLP, lm_head by rows of the vocabulary); row-parallel ones (o, down) by input columns. A row-parallel bias
-is added once, by rank 0. Everything else is whole on every rank.
+the MLP); row-parallel ones (o, down) by input columns. Embedding and lm_head are cut by the same rows of the
+vocabulary, so that they may be one tensor. A row-parallel bias is added once, by rank 0. The norms are whole
+on every rank.
 """
 
 from collections.abc import Sequence
@@ -40,13 +41,14 @@ def _ranges(kind: str, config: LlamaConfig, shard: Shard) -> list[range]:
     """Along the cut dimension, one for each source; none for a weight that is not cut."""
     q = _elements(shard.of(config.num_q_heads), config.head_dim)
     kv = _elements(shard.kv_heads(config.num_kv_heads), config.head_dim)
-    mlp = shard.of(config.intermediate_size)
+    mlp, vocab = shard.of(config.intermediate_size), shard.of(config.vocab_size)
     return {
         "qkv": [q, kv, kv],
         "o": [q],
         "gate_up": [mlp, mlp],
         "down": [mlp],
-        "lm_head": [shard.of(config.vocab_size)],
+        "embed": [vocab],
+        "lm_head": [vocab],
     }.get(kind, [])
 
 

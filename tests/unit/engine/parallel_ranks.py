@@ -11,8 +11,10 @@ import torch
 from engine.loader import load_model
 from engine.parallel.errors import RankLost
 from engine.parallel.follower import Follower, Start
+from engine.parallel.groups import GlooGroup
 from engine.parallel.leader import Leader
 from engine.parallel.member import Member
+from engine.parallel.shard import Shard
 from engine.parallel.wire import Channel, Op, encode
 
 TIMEOUT_S = 5.0
@@ -71,6 +73,22 @@ def ranks_in_threads(path: Path, config, size: int, folder: Path):
             for thread in threads:
                 thread.join(TIMEOUT_S)
                 assert not thread.is_alive()
+
+
+def on_ranks(size: int, store: Path, run):
+    """What `run(group, shard)` returns on each rank of a group of threads."""
+    found = [None] * size
+
+    def enter(rank):
+        shard = Shard(rank, size)
+        found[rank] = run(GlooGroup.open(store, shard), shard)
+
+    threads = [threading.Thread(target=enter, args=(rank,)) for rank in range(size)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return found
 
 
 @contextmanager

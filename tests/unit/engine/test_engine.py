@@ -203,7 +203,7 @@ def test_a_request_with_nan_fails_alone_and_leaves_no_trace(
 ):
     alone = make_engine().run(make_request(6))[0]
     poisoned = load_model(checkpoint, EngineConfig())
-    poisoned.module._embed[60] = torch.nan
+    poisoned.module.embed.weight[60] = torch.nan
     engine = make_engine(num_blocks=24)
     engine._runner._module = poisoned.module
     bad, good = make_request(9, logit_bias={60: -100.0}), make_request(6, logit_bias={60: -100.0})

@@ -12,9 +12,11 @@ from engine.config import EngineConfig
 from engine.engine import Engine
 from engine.loader import load_checkpoint, load_model
 from engine.models.config import read_config
+from engine.models.embedding import PlainEmbedding
 from engine.models.llama_weights import weight_table
 from engine.parallel.errors import RankLost
 from engine.parallel.groups import GlooGroup
+from engine.parallel.layers import VocabParallelEmbedding
 from engine.parallel.shard import Shard, require_divisible
 from engine.parallel.slices import cut
 from engine.parallel.wire import Op
@@ -22,7 +24,7 @@ from engine.safetensors_dir import TensorReader
 from kernels import ops
 from kernels.attention import AttentionBatch
 from runtime.errors import StartupError
-from tests.unit.engine.parallel_ranks import parallel_model
+from tests.unit.engine.parallel_ranks import on_ranks, parallel_model
 
 CONFIG = EngineConfig(num_blocks=64, block_size=4)
 
@@ -183,9 +185,8 @@ def test_every_rank_reads_its_slices_alone(make_checkpoint, monkeypatch):
         assert progress[-1] == (read[-1], read[-1])
     stored = load_file(path / "model.safetensors")
     once = sum(tensor.nbytes for tensor in stored.values())
-    replicated = ("embed_tokens", "norm")
-    whole = sum(tensor.nbytes for name, tensor in stored.items() if any(part in name for part in replicated))
-    assert sum(read) == once + 3 * whole
+    replicated = sum(tensor.nbytes for name, tensor in stored.items() if "norm" in name)
+    assert sum(read) == once + 3 * replicated
     assert max(read) - min(read) <= 0.1 * max(read)
 
 
@@ -203,7 +204,7 @@ def test_the_slices_of_all_ranks_are_the_tensors(make_checkpoint, name, size):
     for spec in table:
         for i, source in enumerate(spec.sources):
             copies = 1
-            if spec.kind == "embed" or spec.kind.endswith("norm"):
+            if spec.kind.endswith("norm"):
                 copies = size
             elif spec.kind == "qkv" and i > 0:
                 copies = max(size // config.num_kv_heads, 1)
@@ -223,6 +224,37 @@ def test_what_cannot_be_shared_is_refused(checkpoint, size, reason):
         require_divisible(config, size)
     with pytest.raises(StartupError, match="num_key_value_heads 3 is neither a multiple nor a divisor"):
         require_divisible(replace(config, num_q_heads=12, num_kv_heads=3, intermediate_size=48), 2)
+
+
+def test_a_rank_without_rows_of_the_vocabulary_is_refused(checkpoint):
+    config = replace(read_config(checkpoint)[0], vocab_size=5)
+    require_divisible(config, 2)
+    with pytest.raises(StartupError, match="vocab_size 5 is too small"):
+        require_divisible(config, 4)
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_looked_up_vectors_keep_their_bits(tmp_path, size):
+    weight = torch.randn(61, 8, generator=torch.Generator().manual_seed(0))
+    weight[7], weight[8, 3] = torch.nan, torch.inf
+    token_ids = torch.tensor([*range(61), 0, 60, 8])
+    found = on_ranks(size, tmp_path / "store", lambda group, shard: lookup(weight, token_ids, group, shard))
+    expected = PlainEmbedding(weight).lookup(token_ids)
+    assert all(torch.equal(each.view(torch.int32), expected.view(torch.int32)) for each in found)
+
+
+def lookup(weight, token_ids, group, shard):
+    vocab = shard.of(len(weight))
+    rows = PlainEmbedding(weight[vocab.start : vocab.stop])
+    return VocabParallelEmbedding(rows, group, vocab).lookup(token_ids)
+
+
+def test_tied_embeddings_are_one_tensor_on_every_rank(make_checkpoint):
+    path = make_checkpoint(**TIED)
+    for rank in range(2):
+        module, _ = load_checkpoint(path, CONFIG, shard=Shard(rank, 2))
+        assert module.embed.weight is module.lm_head.weight
+        assert len(module.embed.weight) == (31, 30)[rank]
 
 
 def test_a_lost_rank_ends_the_engine_and_is_named_once(checkpoint, tmp_path, requests):
@@ -263,18 +295,12 @@ def test_a_hung_rank_is_found_by_the_deadline(tmp_path):
 def test_the_sum_of_a_row_does_not_depend_on_its_batch(tmp_path):
     """As the fp32 rule of exactness asks; gloo's own all-reduce does not give that beyond two ranks."""
     rows = torch.randn(4, 64, 32, generator=torch.Generator().manual_seed(0))
-    sums = {}
-
-    def reduce(rank):
-        group = GlooGroup.open(tmp_path / "store", Shard(rank, 4))
-        sums[rank] = [group.all_reduce(rows[rank, :count]) for count in (64, 5)]
-
-    threads = [threading.Thread(target=reduce, args=(rank,)) for rank in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    for whole, part in sums.values():
+    sums = on_ranks(
+        4,
+        tmp_path / "store",
+        lambda group, shard: [group.all_reduce(rows[shard.rank, :count]) for count in (64, 5)],
+    )
+    for whole, part in sums:
         assert torch.equal(whole[:5], part)
         assert torch.equal(whole, sums[0][0])
         assert torch.allclose(whole, rows.sum(0), atol=1e-5)

@@ -193,7 +193,7 @@ def test_a_failed_request_leaves_nothing_in_the_cache(checkpoint, make_engine, a
     engine = make_engine(max_num_batched_tokens=budget)
     good = engine._runner._module
     poisoned = load_model(checkpoint, EngineConfig())
-    poisoned.module._embed[60] = torch.nan
+    poisoned.module.embed.weight[60] = torch.nan
     engine.run(ask(16, **bias))
     engine._runner._module = poisoned.module
     bad = ask(8, own=[60] * 9, **bias)
