@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from engine.block_table import BlockTable
 from engine.models.inputs import FinalRows
 from engine.plan import Scheduled
 from kernels.attention import AttentionBatch
@@ -19,8 +20,8 @@ below (measured on CPU): all batches are padded to it."""
 class Span:
     """Consecutive new tokens of one request."""
 
-    table: Sequence[int]
-    """Block ids, in the KV group of the model that runs."""
+    table: BlockTable
+    """In the KV group of the model that runs."""
     start: int
     """Position of the first new token."""
     token_ids: list[int]

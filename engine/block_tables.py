@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Sequence
 
 from engine.block_keys import BlockKey, KeyFunction, no_keys
 from engine.block_pool import BlockPool
+from engine.block_table import BlockTable
 from engine.draft_coverage import DraftCoverage
 from engine.outputs import PrefixCacheStats
 from engine.radix_cache import BlockIds, RadixCache
@@ -51,7 +52,7 @@ class BlockTables:
         self._copy_blocks = copy_blocks
         self._copies: list[list[tuple[int, int]]] = [[] for _ in self.pools]
         self._in_flight: set[Request] = set()
-        self._landing: list[list[list[int]]] = []
+        self._landing: list[Sequence[Sequence[int]]] = []
         """Blocks that were freed while a step that is on its way may read or write them, group by group."""
 
     @property
@@ -92,7 +93,9 @@ class BlockTables:
         """
         assert not request.block_tables
         found = self._match(request, max_cached_tokens)
-        request.block_tables = [[block_ids[group] for block_ids in found] for group in range(len(self.pools))]
+        request.block_tables = [
+            BlockTable(block_ids[group] for block_ids in found) for group in range(len(self.pools))
+        ]
         for pool, table in zip(self.pools, request.block_tables, strict=True):
             pool.share(table)
         request.num_published_blocks = len(found)
@@ -107,7 +110,7 @@ class BlockTables:
         missing = self.missing(request, num_tokens)
         self._make_room(missing)
         if not request.block_tables:
-            request.block_tables = [[] for _ in self.pools]
+            request.block_tables = [BlockTable() for _ in self.pools]
         if self._shares_cursor(request):
             self._unshare(request, request.num_computed_tokens // self.block_size)
             missing -= 1
@@ -126,7 +129,7 @@ class BlockTables:
             (own,) = pool.allocate(1)
             copies.append((table[position], own))
             pool.free([table[position]])
-            table[position] = own
+            table.exchange(position, own)
 
     def run_copies(self) -> None:
         """Carry out the copies that `grow` decided."""
@@ -172,7 +175,7 @@ class BlockTables:
         request.num_computed_tokens = request.num_published_blocks = 0
         request.num_draft_computed_tokens = request.num_draft_published_blocks = 0
 
-    def _give_back(self, request: Request, tables: list[list[int]]) -> None:
+    def _give_back(self, request: Request, tables: Sequence[Sequence[int]]) -> None:
         """Free these blocks of a request, group by group; while a step reads or writes them, later."""
         if request in self._in_flight:
             self._landing.append(tables)
@@ -217,7 +220,7 @@ class BlockTables:
         own = [[table[position]] for table in request.block_tables]
         for pool, table, block_id in zip(self.pools, request.block_tables, known, strict=True):
             pool.share([block_id])
-            table[position] = block_id
+            table.exchange(position, block_id)
         self._give_back(request, own)
         self.draft_coverage.exchange(request, position, known[0])
 

@@ -11,6 +11,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
+from engine.block_table import BlockTable
 from engine.block_tables import BlockTables
 from engine.request import Request, RequestState
 
@@ -40,7 +41,7 @@ def share_blocks(tables: BlockTables, source: Request, target: Request) -> None:
     assert not target.block_tables
     for pool, table in zip(tables.pools, source.block_tables, strict=True):
         pool.share(table)
-    target.block_tables = [list(table) for table in source.block_tables]
+    target.block_tables = [BlockTable(table) for table in source.block_tables]
     target.num_computed_tokens = source.num_computed_tokens
     target.num_cached_tokens = source.num_cached_tokens
     target.num_published_blocks = source.num_published_blocks

@@ -156,8 +156,9 @@ class Engine:
         return self.kv_cache.tables.stats
 
     def check(self) -> None:
-        """Assert the invariants of scheduler and block tables."""
+        """Assert the invariants of scheduler, block tables and captured steps."""
         self._scheduler.check()
+        self._runner.check()
 
     def _commit_step(self, plan: list[Scheduled], samples: Iterator[Sample]) -> StepResult:
         result = StepResult(batch=plan, preempted=self._scheduler.take_preempted())

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from engine.batch import MIN_ROWS, Span, pack
+from engine.block_table import BlockTable
 from engine.config import EngineConfig
 from engine.drawing import Draw, draw_fused
 from engine.kv_pool import LocalKvPool
@@ -117,7 +118,7 @@ def _run_largest_step(config: EngineConfig, model: LoadedModel, kv_group: Tensor
     Prompts share their blocks: nobody reads the results.
     """
     length = min(config.max_num_batched_tokens, model.facts.max_model_len)
-    table = range(-(-length // config.block_size))
+    table = BlockTable(range(-(-length // config.block_size)))
     spans = [
         Span(table=table, start=0, token_ids=[0] * min(length, config.max_num_batched_tokens - first))
         for first in range(0, config.max_num_batched_tokens, length)

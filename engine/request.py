@@ -20,6 +20,7 @@ from enum import Enum, auto
 
 from engine.beam_search import BeamParams, BeamSearch
 from engine.block_keys import BlockKey
+from engine.block_table import BlockTable
 from runtime.errors import InvalidRequest
 from runtime.grammars import Grammar
 
@@ -193,8 +194,8 @@ class Request:
     """Whose fork this is."""
     search: BeamSearch | None = None
     """Of a leader: its forks are the beams of this search; `engine.beams` makes it."""
-    block_tables: list[list[int]] = field(default_factory=list)
-    """Block ids in token order, one list per KV group; empty while no blocks are held."""
+    block_tables: list[BlockTable] = field(default_factory=list)
+    """One per KV group, equally long; empty while no blocks are held."""
     num_published_blocks: int = 0
     """Leading blocks of the tables that the prefix cache knows, or knew until a fault was found."""
     num_draft_published_blocks: int = 0

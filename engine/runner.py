@@ -3,6 +3,8 @@
 A plan of decodes alone runs as a captured step where there is one of its shape.
 """
 
+from operator import itemgetter
+
 import torch
 
 from engine.batch import MIN_ROWS, build_batch, span_of
@@ -39,13 +41,21 @@ class Runner:
         shape = self._graphs.shapes.fit_plan(proposal.plan) if self._graphs else None
         return self._replay(proposal, shape) if shape else self._run_eagerly(proposal)
 
+    def check(self) -> None:
+        """Assert the invariants of captured steps."""
+        if self._graphs:
+            self._graphs.check()
+
     def _replay(self, proposal: Proposal, shape: StepShape) -> list[Sample]:
         assert self._graphs is not None
+        order = self._graphs.rows.arrange([item.request for item in proposal.plan])
+        proposal = proposal.arranged(order)
         spans = [span_of(item) for item in proposal.plan]
         hidden, logits = self._graphs.run(shape, spans)
         self.speculation.follow(proposal.plan, hidden)
         num_rows = sum(len(span.token_ids) for span in spans)
-        return self.speculation.sample(logits[:num_rows], proposal)
+        samples = self.speculation.sample(logits[:num_rows], proposal)
+        return [sample for _, sample in sorted(zip(order, samples, strict=True), key=itemgetter(0))]
 
     def _run_eagerly(self, proposal: Proposal) -> list[Sample]:
         kv_group = self._kv_cache.groups[0]

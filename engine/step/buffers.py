@@ -21,8 +21,8 @@ Layout = Mapping[str, tuple[torch.dtype, tuple[int, ...]]]
 class StagedBuffers:
     """One piece of device memory and its twins on the host, pinned if the device is a GPU.
 
-    The host writes `host`, then `send` starts the copy of the front part on the current stream. Whoever
-    calls `send` more than `num_stages` times must have waited for the end of the first copy.
+    The host writes `host`, then `send` starts the copy of all of it on the current stream. Whoever calls
+    `send` more than `num_stages` times must have waited for the end of the first copy; `settle` does for all.
     """
 
     def __init__(self, layout: Layout, device: torch.device, num_stages: int = NUM_STAGES) -> None:
@@ -32,26 +32,31 @@ class StagedBuffers:
             torch.zeros(num_bytes, dtype=torch.uint8, pin_memory=device.type == "cuda")
             for _ in range(num_stages)
         ]
-        self._hosts = [
+        self.hosts = [
             {name: each.numpy() for name, each in _views(stage, layout, self._ends).items()}
             for stage in self._stages
         ]
-        self._turn = 0
+        """The twins, by name of the tensor."""
+        self.turn = 0
+        """Which twin is next; what it holds is what was sent a round of turns ago."""
         self._memory = torch.zeros(num_bytes, dtype=torch.uint8, device=device)
         self.device = _views(self._memory, layout, self._ends)
         """What the kernels read, by name; always at the same addresses."""
 
     @property
     def host(self) -> dict[str, NDArray[np.generic]]:
-        """The twin that is next; what it held before is what was sent a round of turns ago."""
-        return self._hosts[self._turn]
+        """The twin that is next."""
+        return self.hosts[self.turn]
 
-    def send(self, last: str, num_rows: int) -> None:
-        """Copy everything up to the first so many rows of the tensor `last`, and turn to the next twin."""
-        rest = self.device[last][num_rows:]
-        num_bytes = self._ends[last] - rest.numel() * rest.element_size()
-        self._memory[:num_bytes].copy_(self._stages[self._turn][:num_bytes], non_blocking=True)
-        self._turn = (self._turn + 1) % len(self._stages)
+    def send(self) -> None:
+        """Copy the twin that is next, and turn to the next one."""
+        self._memory.copy_(self._stages[self.turn], non_blocking=True)
+        self.turn = (self.turn + 1) % len(self._stages)
+
+    def settle(self) -> None:
+        """Wait until every copy has arrived."""
+        if self._memory.is_cuda:
+            torch.cuda.current_stream(self._memory.device).synchronize()
 
 
 def _num_bytes(dtype: torch.dtype, shape: tuple[int, ...]) -> int:

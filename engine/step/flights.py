@@ -56,6 +56,7 @@ class Flights:
     @torch.inference_mode()
     def start(self, plan: list[Scheduled], before: Flight | None = None) -> Flight:
         """Start a plan that `takes` accepts; what is in `before` too goes on behind the token drawn there."""
+        plan = [plan[index] for index in self._graphs.rows.arrange([item.request for item in plan])]
         rows = {item.request: row for row, item in enumerate(before.plan)} if before else {}
         sources = [rows.get(item.request, NO_SOURCE) for item in plan]
         shape = self._graphs.shapes.fit(len(plan), 1)

@@ -13,6 +13,7 @@ import torch
 from engine.batch import Span
 from engine.drawing import Draw
 from engine.step.decode_step import DecodeStep, StepLogits
+from engine.step.row_order import RowOrder
 from engine.step.shapes import StepShape, StepShapes
 
 T = TypeVar("T")
@@ -67,6 +68,7 @@ class StepGraphs:
 
     def __init__(self, step: DecodeStep, shapes: StepShapes, recorder: Recorder) -> None:
         self.shapes = shapes
+        self.rows = RowOrder()
         self._inputs = step.inputs
         self._step = step
         self._recorder = recorder
@@ -89,3 +91,7 @@ class StepGraphs:
         """Start a step over what `StepInputs.fill` takes; its results are on their way when this returns."""
         self._inputs.fill(shape, spans, draws, sources)
         return self._replays[shape]()
+
+    def check(self) -> None:
+        """Assert the invariant of the inputs; no step is on its way."""
+        self._inputs.check()

@@ -4,6 +4,10 @@ A batch is padded to its shape: rows behind its own have no slot and belong to n
 own have no context and no rows. So padding reads nothing and writes nowhere.
 
 A token that the step before has drawn need not be known on the host: its row names the row that drew it.
+
+Block tables stay in device memory from step to step; a step is sent what has changed in them and begins with
+writing that (`engine.step.table_rows`). So it reads what was sent for it and the tables that the steps before
+it have left, and every `fill` is followed by a run.
 """
 
 from collections.abc import Sequence
@@ -16,8 +20,11 @@ from torch import Tensor
 
 from engine.batch import Span
 from engine.drawing import Draw
+from engine.step import draw_rows
 from engine.step.buffers import NUM_STAGES, Layout, StagedBuffers
+from engine.step.draw_rows import DrawRows
 from engine.step.shapes import StepShape
+from engine.step.table_rows import DeviceTables, TableRows
 from kernels.buffered_batch import BufferedBatch
 from kernels.paged_batch import PagedBatch
 from kernels.truncation import Truncation
@@ -25,10 +32,11 @@ from kernels.truncation import Truncation
 NO_SLOT = -1
 NO_SOURCE = -1
 
+MAX_CHANGES = 2048
+"""Table entries that a step writes; a step that changes more writes the others before it begins. 24 KiB."""
 
-INTEGERS = ("token_ids", "positions", "slots", "sources", "seeds", "choices")
-FLOATS = ("temperatures", "top_ps", "min_ps")
-"""Names of the buffers with one number for each row."""
+INTEGERS = ("token_ids", "positions", "slots", "sources", *draw_rows.INTEGERS)
+"""Names of the int64 buffers with one number for each row."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,10 +57,12 @@ class StepViews:
     """int64 [num_rows]."""
     truncation: Truncation
     buffers: PagedBatch
+    tables: DeviceTables
     block_size: int
 
     def attention(self) -> BufferedBatch:
-        """Which rows read which blocks; to be asked for in every run."""
+        """Which rows read which blocks; to be asked for in every run, because it updates the block tables."""
+        self.tables.update()
         return BufferedBatch.of(self.buffers, self.block_size)
 
 
@@ -68,19 +78,31 @@ class StepInputs:
         block_size: int,
         device: torch.device,
         num_stages: int = NUM_STAGES,
+        max_changes: int = MAX_CHANGES,
     ) -> None:
         self._max_model_len = max_model_len
         self._block_size = block_size
         rows = (max_num_rows,)
         layout: Layout = {
             **dict.fromkeys(INTEGERS, (torch.int64, rows)),
-            **dict.fromkeys(FLOATS, (torch.float32, rows)),
+            **dict.fromkeys(draw_rows.FLOATS, (torch.float32, rows)),
             "top_ks": (torch.int32, rows),
             "cu_query_lens": (torch.int32, (max_num_seqs + 1,)),
             "context_lens": (torch.int32, (max_num_seqs,)),
-            "block_tables": (torch.int32, (max_num_seqs, -(-max_model_len // block_size))),
+            "changed_places": (torch.int64, (max_changes,)),
+            "changed_blocks": (torch.int32, (max_changes,)),
         }
         self._buffers = StagedBuffers(layout, device, num_stages)
+        self._draw_rows = [DrawRows(host) for host in self._buffers.hosts]
+        num_columns = -(-max_model_len // block_size)
+        self._table_rows = TableRows(max_num_seqs, num_columns)
+        num_entries = max_num_seqs * num_columns
+        self._tables = DeviceTables(
+            torch.zeros(num_entries + 1, dtype=torch.int32, device=device),
+            self._buffers.device["changed_places"],
+            self._buffers.device["changed_blocks"],
+        )
+        self._block_tables = self._tables.entries[:num_entries].view(max_num_seqs, num_columns)
 
     def views(self, shape: StepShape) -> StepViews:
         """What a step of this shape reads; at the same places every time."""
@@ -88,7 +110,7 @@ class StepInputs:
         buffers = PagedBatch(
             cu_query_lens=device["cu_query_lens"][: num_seqs + 1],
             context_lens=device["context_lens"][:num_seqs],
-            block_tables=device["block_tables"][:num_seqs],
+            block_tables=self._block_tables[:num_seqs],
             max_query_len=shape.width,
             max_context_len=self._max_model_len,
         )
@@ -97,6 +119,7 @@ class StepInputs:
             **{name: rows[name] for name in INTEGERS},
             truncation=Truncation(rows["temperatures"], rows["top_ks"], rows["top_ps"], rows["min_ps"]),
             buffers=buffers,
+            tables=self._tables,
             block_size=self._block_size,
         )
 
@@ -110,31 +133,48 @@ class StepInputs:
         """Write a batch, packed as `engine.batch.pack` packs it, and its padding; no spans: padding alone.
 
         draws: of each row, if the step draws the tokens behind the spans; sources: of each row, by default
-        none.
+        none. What of the batch can be in the row where it was the last time costs less.
         """
-        self._fill_draws(draws)
+        self._change_tables(spans)
+        self._draw_rows[self._buffers.turn].write(draws)
         _write(self._buffers.host["sources"], sources, shape.num_rows, NO_SOURCE)
         self._fill_batch(shape, spans)
-        self._buffers.send("block_tables", len(spans))
+        self._buffers.send()
 
-    def _fill_draws(self, draws: Sequence[Draw]) -> None:
-        host = self._buffers.host
-        for row, draw in enumerate(draws):
-            host["seeds"][row], _, host["choices"][row], host["top_ks"][row] = draw.integers
-            for name, value in zip(FLOATS, draw.floats, strict=True):
-                host[name][row] = value
+    def check(self) -> None:
+        """Assert that the tables are what the rows were told to hold; the newest step must have ended."""
+        self._table_rows.check(self._block_tables.tolist())
+
+    def _change_tables(self, spans: Sequence[Span]) -> None:
+        """Write the changes of a step to the host; those that are too many go to the tables at once."""
+        tables = ((span.table, self._num_blocks(span)) for span in spans)
+        places, block_ids = self._table_rows.changes(tables)
+        most = len(self._tables.places)
+        while len(places) > most:
+            self._write_changes(places[:most], block_ids[:most])
+            self._buffers.send()
+            self._tables.update()
+            self._buffers.settle()
+            del places[:most], block_ids[:most]
+        self._write_changes(places, block_ids)
+
+    def _write_changes(self, places: Sequence[int], block_ids: Sequence[int]) -> None:
+        host, most, spare = self._buffers.host, len(self._tables.places), len(self._tables.entries) - 1
+        _write(host["changed_places"], places, most, spare)
+        _write(host["changed_blocks"], block_ids, most, 0)
+
+    def _num_blocks(self, span: Span) -> int:
+        return -(-(span.start + len(span.token_ids)) // self._block_size)
 
     def _fill_batch(self, shape: StepShape, spans: Sequence[Span]) -> None:
         host = self._buffers.host
         token_ids: list[int] = []
         positions: list[int] = []
         ends = [0]
-        for seq, span in enumerate(spans):
+        for span in spans:
             token_ids += span.token_ids
             positions += range(span.start, span.start + len(span.token_ids))
             ends.append(len(token_ids))
-            num_blocks = -(-(span.start + len(span.token_ids)) // self._block_size)
-            host["block_tables"][seq, :num_blocks] = np.fromiter(span.table, np.int32, num_blocks)
         context_lens = [span.start + len(span.token_ids) for span in spans]
         _write(host["token_ids"], token_ids, shape.num_rows, 0)
         _write(host["positions"], positions, shape.num_rows, 0)

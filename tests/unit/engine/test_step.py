@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from engine.batch import Span, pack
+from engine.block_table import BlockTable
 from engine.config import EngineConfig
 from engine.drawing import Draw, draw_warped
 from engine.engine import Engine
@@ -29,7 +30,7 @@ def random_spans(rng, num_seqs, width, free):
     for _ in range(num_seqs):
         length = rng.randint(1, width)
         start = rng.randint(0, MAX_LEN - width)
-        table = [free.pop() for _ in range(-(-(start + length) // BLOCK_SIZE))]
+        table = BlockTable(free.pop() for _ in range(-(-(start + length) // BLOCK_SIZE)))
         token_ids = [rng.randrange(3, 61) for _ in range(length)]
         spans.append(
             Span(table=table, start=start, token_ids=token_ids, num_singles=length - 1, samples=range(length))
@@ -130,7 +131,7 @@ def test_drawn_tokens_go_from_replay_to_replay_without_the_host(tiny_model):
         graphs = StepGraphs(step, shapes, Tape())
         graphs.capture()
     spans = random_spans(rng, 3, 1, rng.sample(range(60), 60))
-    spans = [replace(span, table=[*span.table, 60 + row]) for row, span in enumerate(spans)]
+    spans = [replace(span, table=BlockTable([*span.table, 60 + row])) for row, span in enumerate(spans)]
     pool = poisoned_pool(spans, 0)
     step._kv_group.copy_(pool)
     params = [SamplingParams(max_tokens=9, seed=row, temperature=row / 2, top_k=9) for row in range(3)]
