@@ -1,6 +1,6 @@
 """How much memory a GPU has for the KV pool: what is free once the largest step has run, or a share of it."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Protocol
@@ -8,12 +8,13 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from engine.batch import MIN_ROWS, Span, pack
+from engine.batch import MIN_ROWS, Batch, Span, pack
 from engine.block_table import BlockTable
 from engine.config import EngineConfig
 from engine.drawing import Draw, draw_fused
 from engine.kv_pool import LocalKvPool
 from engine.loader import LoadedModel
+from engine.models.decoder import Decoder
 from engine.request import SamplingParams
 from engine.step.factory import captures, step_shapes
 
@@ -67,7 +68,8 @@ class CudaMeter:
 def kv_cache_bytes(memory: DeviceMemory, *, utilization: float, captured: bool, linked_bytes: int = 0) -> int:
     """Memory of the KV pool: the share `utilization` of what is left when steps and KV links have their own.
 
-    Captured steps keep theirs, which no other can use: they share it, and none is larger than the largest.
+    Captured steps keep theirs, which no other can use: they share it, those of a draft model too, and none is
+    larger than the largest.
     `linked_bytes` are still free when the pool is made: links are made on demand.
     """
     needed = memory.step_bytes * (2 if captured else 1) + linked_bytes
@@ -98,22 +100,23 @@ def profile(config: EngineConfig, model: LoadedModel, meter: Meter) -> DeviceMem
     return DeviceMemory(step_bytes=step_bytes, free_bytes=meter.free_bytes())
 
 
-def _small_pool(config: EngineConfig, model: LoadedModel) -> Tensor:
-    """The first KV group, with blocks for the longest prompt of a step."""
-    ranks, spec = model.ranks, model.facts.kv_groups[0]
+def _small_pool(config: EngineConfig, model: LoadedModel) -> list[Tensor]:
+    """All KV groups, with blocks for the longest prompt of a step."""
+    ranks, (target, *others) = model.ranks, model.facts.kv_groups
     local = LocalKvPool(
-        [ranks.shard.kv_spec(spec)],
+        [ranks.shard.kv_spec(target), *others],
         num_blocks=-(-config.max_num_batched_tokens // config.block_size),
         block_size=config.block_size,
         num_host_blocks=0,
         device=torch.device(config.device),
     )
-    return ranks.lead_pool(local, spec.num_kv_heads).groups[0]
+    return ranks.lead_pool(local, target.num_kv_heads).groups
 
 
 @torch.inference_mode()
-def _run_largest_step(config: EngineConfig, model: LoadedModel, kv_group: Tensor) -> None:
-    """As many prompt tokens as a step may have, and a draw for every row that may be sampled.
+def _run_largest_step(config: EngineConfig, model: LoadedModel, kv_groups: Sequence[Tensor]) -> None:
+    """As many prompt tokens as a step may have, also for the draft model, and a draw for every row that may
+    be sampled: a pass of the draft has no more of these.
 
     Prompts share their blocks: nobody reads the results.
     """
@@ -123,10 +126,14 @@ def _run_largest_step(config: EngineConfig, model: LoadedModel, kv_group: Tensor
         Span(table=table, start=0, token_ids=[0] * min(length, config.max_num_batched_tokens - first))
         for first in range(0, config.max_num_batched_tokens, length)
     ]
-    batch = pack(spans, block_size=config.block_size, device=kv_group.device)
-    hidden = model.module.forward(
-        batch.token_ids, batch.positions, kv_group, batch.slot_mapping, batch.attention
-    )
+    batch = pack(spans, block_size=config.block_size, device=kv_groups[0].device)
+    if model.draft is not None:
+        _compute(model.draft.module, batch, kv_groups[-1])
+    hidden = _compute(model.module, batch, kv_groups[0])
     num_rows = max(step_shapes(config).max_num_rows, MIN_ROWS)
     logits = model.module.logits(hidden[:1].expand(num_rows, -1).contiguous())
     draw_fused(logits, [Draw(PROFILED_SAMPLING, position, 0) for position in range(num_rows)])
+
+
+def _compute(module: Decoder, batch: Batch, kv_group: Tensor) -> Tensor:
+    return module.forward(batch.token_ids, batch.positions, kv_group, batch.slot_mapping, batch.attention)

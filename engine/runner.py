@@ -16,7 +16,7 @@ from engine.plan import Scheduled
 from engine.sampler import Sample, Sampler
 from engine.speculative.factory import make_speculation
 from engine.speculative.speculation import Proposal
-from engine.step.factory import make_steps
+from engine.step.factory import make_recorder, make_steps
 from engine.step.shapes import StepShape
 from engine.structured import Grammars
 
@@ -31,8 +31,9 @@ class Runner:
         self._watch = model.watch
         self._kv_cache = kv_cache
         self.sampler = Sampler(model.facts.eos_token_ids, model.facts.vocab_size, grammars)
-        self.speculation = make_speculation(config, model, kv_cache, self.sampler)
-        self._graphs, self.flights = make_steps(config, model, kv_cache)
+        recorder = make_recorder(config, model.ranks)
+        self._graphs, self.flights = make_steps(config, model, kv_cache, recorder)
+        self.speculation = make_speculation(config, model, kv_cache, self.sampler, recorder)
 
     @torch.inference_mode()
     def run(self, plan: list[Scheduled]) -> list[Sample]:

@@ -110,7 +110,7 @@ class EngineSettings(ProcessSettings):
     cuda_graph_sizes: list[Count] = Field(default=[])
     """Numbers of requests that captured steps are padded to; none: 1, 2, 4, 8, 16, ... --max-num-seqs."""
     overlap: Literal["auto", "on", "off"] = "auto"
-    """Start a decode step before the one before it has ended; auto: on a GPU; never with speculation."""
+    """Start a decode step before the last has ended, or the next pass of a draft model; auto: on a GPU."""
     threads: Count = 1
     """CPU threads of one worker's tensor operations."""
 

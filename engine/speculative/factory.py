@@ -10,27 +10,71 @@ from engine.kv_cache import KvCache
 from engine.loader import LoadedModel
 from engine.sampler import Sampler
 from engine.speculative.costs import CostTable
-from engine.speculative.draft_model import DraftModel
+from engine.speculative.draft_model import MAX_DRAFT_TOKENS, DraftModel
+from engine.speculative.draft_passes import DraftForward, EagerPasses
+from engine.speculative.draft_steps import DraftStep, DraftSteps
+from engine.speculative.drafting import DRAFT_GROUP, USUAL_LAG
 from engine.speculative.lengths import AdaptiveLengths, FixedLengths, Lengths
 from engine.speculative.ngram import NgramProposer
 from engine.speculative.proposer import Proposer
 from engine.speculative.speculation import DraftAndVerify, NoSpeculation, Speculation
 from engine.speculative.verifier import Verifier
+from engine.step.factory import may_overlap, padded_sizes
+from engine.step.graphs import Recorder, StepGraphs
+from engine.step.inputs import StepInputs
+from engine.step.shapes import StepShapes
 
 
 def make_speculation(
-    config: EngineConfig, model: LoadedModel, kv_cache: KvCache, sampler: Sampler
+    config: EngineConfig, model: LoadedModel, kv_cache: KvCache, sampler: Sampler, recorder: Recorder
 ) -> Speculation:
     """Proposer, verifier and policy of draft lengths; `model.draft` is loaded if one is asked for."""
     if config.speculative == "off":
         return NoSpeculation(sampler)
-    by_rejection = config.draft_acceptance == "rejection"
+    proposer: Proposer
     if config.speculative == "ngram":
-        proposer: Proposer = NgramProposer()
+        proposer = NgramProposer()
     else:
-        assert model.draft is not None
-        proposer = DraftModel(model.draft.module, kv_cache, by_rejection=by_rejection)
+        proposer = make_draft_model(config, model, kv_cache, recorder if may_overlap(config) else None)
     return speculation_with(proposer, config, sampler, max_model_len=model.facts.max_model_len)
+
+
+def make_draft_model(
+    config: EngineConfig, model: LoadedModel, kv_cache: KvCache, recorder: Recorder | None
+) -> DraftModel:
+    """With passes that are recorded, or without a recorder eager ones."""
+    assert model.draft is not None
+    forward = DraftForward(model.draft.module, kv_cache.groups[DRAFT_GROUP], config.block_size)
+    eager = EagerPasses(forward, by_rejection=config.draft_acceptance == "rejection")
+    if recorder is None:
+        return DraftModel(forward, eager)
+    return DraftModel(forward, draft_steps(config, model.facts.max_model_len, forward, eager, recorder))
+
+
+def draft_steps(
+    config: EngineConfig, max_model_len: int, forward: DraftForward, eager: EagerPasses, recorder: Recorder
+) -> DraftSteps:
+    """A draft model's steps in all shapes, recorded."""
+    shapes = draft_shapes(config)
+    max_draft_tokens = config.num_draft_tokens or MAX_DRAFT_TOKENS
+    inputs = StepInputs(
+        max_num_seqs=shapes.max_num_seqs,
+        max_num_rows=shapes.max_num_rows,
+        max_model_len=max_model_len,
+        block_size=forward.block_size,
+        device=forward.kv_group.device,
+        num_stages=max_draft_tokens,
+    )
+    step = DraftStep(forward.module, forward.kv_group, inputs, max_num_rows=shapes.max_num_rows)
+    graphs = StepGraphs(step, shapes, recorder)
+    graphs.capture()
+    by_rejection = config.draft_acceptance == "rejection"
+    return DraftSteps(graphs, step.drawn, eager, max_draft_tokens=max_draft_tokens, by_rejection=by_rejection)
+
+
+def draft_shapes(config: EngineConfig) -> StepShapes:
+    """As many queries for each request as it usually has tokens without draft KV."""
+    return StepShapes(padded_sizes(config), range(1, USUAL_LAG + 1))
 
 
 def speculation_with(

@@ -1,6 +1,7 @@
 """The captured steps that an engine's config asks for."""
 
 import logging
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -31,18 +32,22 @@ class Steps(NamedTuple):
     """None: every step is waited for before the next one is scheduled."""
 
 
-def make_steps(config: EngineConfig, model: LoadedModel, kv_cache: KvCache) -> Steps:
+def make_recorder(config: EngineConfig, ranks: Ranks) -> Recorder:
+    """One for all steps of an engine, whose graphs share their memory."""
+    return CudaGraphs(torch.device(config.device)) if captures(config, ranks) else Uncaptured()
+
+
+def make_steps(config: EngineConfig, model: LoadedModel, kv_cache: KvCache, recorder: Recorder) -> Steps:
     """Captured steps on a GPU; overlap needs steps over fixed buffers on any device.
 
     Other ranks are told every step what to compute, which no graph can do, so they have neither.
     """
-    device = torch.device(config.device)
     if not captures(config, model.ranks):
         has_steps = overlaps(config) and model.ranks.shard.size == 1
-        return steps_with(Uncaptured(), config, model, kv_cache) if has_steps else Steps(None, None)
+        return steps_with(recorder, config, model, kv_cache) if has_steps else Steps(None, None)
     clock = SystemClock()
     start = clock.now()
-    steps = steps_with(CudaGraphs(device), config, model, kv_cache)
+    steps = steps_with(recorder, config, model, kv_cache)
     logger.info("captured the decode steps in %.1f s", clock.now() - start)
     return steps
 
@@ -55,9 +60,13 @@ def captures(config: EngineConfig, ranks: Ranks) -> bool:
 
 def overlaps(config: EngineConfig) -> bool:
     """Whether a step may start before the one before it has ended: not if it has drafts to propose first."""
-    if config.overlap == "off" or config.speculative != "off":
-        return False
-    return config.overlap == "on" or torch.device(config.device).type == "cuda"
+    return config.speculative == "off" and may_overlap(config)
+
+
+def may_overlap(config: EngineConfig) -> bool:
+    """Whether anything starts before what comes before it has ended."""
+    on_gpu = torch.device(config.device).type == "cuda"
+    return config.overlap == "on" or (config.overlap == "auto" and on_gpu)
 
 
 def steps_with(recorder: Recorder, config: EngineConfig, model: LoadedModel, kv_cache: KvCache) -> Steps:
@@ -85,8 +94,12 @@ def _recorded(step: DecodeStep, shapes: StepShapes, recorder: Recorder) -> StepG
 
 def step_shapes(config: EngineConfig) -> StepShapes:
     """For batches of at most `max_num_seqs` requests, with as many draft tokens as there may be."""
-    sizes = config.cuda_graph_sizes or usual_sizes(config.max_num_seqs)
     max_draft_tokens = 0
     if config.speculative != "off":
         max_draft_tokens = MAX_DRAFT_TOKENS if config.num_draft_tokens is None else config.num_draft_tokens
-    return StepShapes(sizes, widths(max_draft_tokens))
+    return StepShapes(padded_sizes(config), widths(max_draft_tokens))
+
+
+def padded_sizes(config: EngineConfig) -> Sequence[int]:
+    """Numbers of requests that steps are padded to."""
+    return config.cuda_graph_sizes or usual_sizes(config.max_num_seqs)

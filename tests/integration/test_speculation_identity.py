@@ -86,7 +86,11 @@ def compare(models, num_requests, seed, **config):
 
 @pytest.mark.parametrize(
     "config",
-    [{"speculative": "draft", "draft_model": DRAFT}, {"speculative": "ngram", "num_draft_tokens": 4}],
+    [
+        {"speculative": "draft", "draft_model": DRAFT},
+        {"speculative": "draft", "draft_model": DRAFT, "num_draft_tokens": 3, "overlap": "on"},
+        {"speculative": "ngram", "num_draft_tokens": 4},
+    ],
 )
 def test_fifty_mixed_requests(models, config):
     compare(models, 50, 1, **config)

@@ -9,6 +9,7 @@ from engine.config import EngineConfig, usual_batched_tokens
 from engine.engine import Engine
 from engine.loader import load_model
 from engine.memory import DeviceMemory, kv_cache_bytes, profile, with_kv_memory
+from engine.speculative.factory import draft_shapes
 from tests.unit.engine.parallel_ranks import parallel_model
 
 GIB = 1 << 30
@@ -49,14 +50,32 @@ def counting(method, rows):
     return call
 
 
+def count_rows(module, monkeypatch, rows):
+    for name in ("forward", "logits"):
+        monkeypatch.setattr(module, name, counting(getattr(module, name), rows))
+
+
 def test_the_largest_step_is_profiled(tiny_model, monkeypatch):
     rows = []
-    for name in ("forward", "logits"):
-        monkeypatch.setattr(tiny_model.module, name, counting(getattr(tiny_model.module, name), rows))
+    count_rows(tiny_model.module, monkeypatch, rows)
     config = EngineConfig(max_num_batched_tokens=250, max_num_seqs=20, block_size=4)
     memory = profile(config, tiny_model, FakeMeter(5000))
     assert rows == [250, 20]
     assert memory == DeviceMemory(free_bytes=5000, step_bytes=1000)
+
+
+def test_the_largest_step_is_the_drafts_too(drafted_model, monkeypatch):
+    """What the target may sample is more rows than any step of the draft has."""
+    rows, draft_rows = [], []
+    count_rows(drafted_model.module, monkeypatch, rows)
+    count_rows(drafted_model.draft.module, monkeypatch, draft_rows)
+    config = EngineConfig(
+        max_num_batched_tokens=250, max_num_seqs=20, block_size=4, speculative="draft",
+        draft_model=drafted_model.draft.path, num_draft_tokens=1,
+    )  # fmt: skip
+    profile(config, drafted_model, FakeMeter(5000))
+    assert (rows, draft_rows) == ([250, 40], [250])
+    assert draft_shapes(config).max_num_rows <= 40
 
 
 def test_what_the_operator_names_is_not_measured(tiny_model):

@@ -11,6 +11,8 @@ DRAFTS = [
     {"speculative": "draft", "num_draft_tokens": 1},
     {"speculative": "draft", "num_draft_tokens": 4},
     {"speculative": "draft"},
+    {"speculative": "draft", "num_draft_tokens": 4, "overlap": "on"},
+    {"speculative": "draft", "overlap": "on"},
     {"speculative": "ngram", "num_draft_tokens": 5},
     {"speculative": "ngram"},
 ]
@@ -190,22 +192,26 @@ def test_any_mix_gives_the_tokens_of_speculation_off(data, make_engine, make_req
     }
     draft = data.draw(st.sampled_from(["draft", "ngram"]))
     num = data.draw(st.sampled_from([None, 1, 2, 7]))
+    overlap = data.draw(st.sampled_from(["on", "off"]))
 
     def requests():
         return [make_request(n, max_tokens=14, **each) for n, each in zip(lens, params, strict=True)]
 
     undisturbed = run(make_engine(**config), requests())
-    assert run(make_engine(**config, speculative=draft, num_draft_tokens=num), requests()) == undisturbed
+    engine = make_engine(**config, speculative=draft, num_draft_tokens=num, overlap=overlap)
+    assert run(engine, requests()) == undisturbed
 
 
-def test_the_proposer_never_decides_what_is_emitted(make_engine, make_request):
+@pytest.mark.parametrize("overlap", ["off", "on"])
+def test_the_proposer_never_decides_what_is_emitted(
+    make_engine, make_request, drafted_model, monkeypatch, overlap
+):
     """A draft model that gives nothing but NaN costs time only."""
     undisturbed = make_engine(num_blocks=128).run(*map(make_request, PROMPT_LENS))
-    engine = make_engine(num_blocks=128, speculative="draft", num_draft_tokens=3)
-    proposer = engine._runner.speculation._proposer
-    logits = proposer._module.logits
-    proposer._module = type("Broken", (), {"forward": proposer._module.forward, "logits": None})()
-    proposer._module.logits = lambda hidden: torch.full_like(logits(hidden), torch.nan)
+    module = drafted_model.draft.module
+    logits = module.logits
+    monkeypatch.setattr(module, "logits", lambda hidden: torch.full_like(logits(hidden), torch.nan))
+    engine = make_engine(num_blocks=128, speculative="draft", num_draft_tokens=3, overlap=overlap)
     assert engine.run(*map(make_request, PROMPT_LENS)) == undisturbed
 
 
