@@ -157,6 +157,8 @@ def _check(
     assert positions.shape == (num_rows,)
     assert positions.dtype == slot_mapping.dtype == torch.int64
     assert slot_mapping.shape[0] <= num_rows
+    assert positions.is_contiguous()
+    assert slot_mapping.is_contiguous()
     for table in tables:
         assert table.shape[1] == head_dim // 2
         assert table.is_contiguous()

@@ -277,6 +277,7 @@ def draw_launches(
     for values in (seeds, positions, choices):
         assert values.shape == (num_rows,)
         assert values.dtype == torch.int64
+        assert values.is_contiguous()
     borders = (logits.new_empty(num_rows), torch.empty(num_rows, dtype=torch.int32, device=logits.device))
     launches = [truncate_launch(logits, truncation, *borders)] if truncation else []
     tile, part_size, num_parts = split(num_rows, vocab_size)
@@ -322,6 +323,7 @@ def truncate_launch(logits: Tensor, truncation: Truncation, thresholds: Tensor, 
     num_rows, vocab_size = logits.shape
     for values in truncation:
         assert values.shape == (num_rows,)
+        assert values.is_contiguous()
     tile = min(SEARCH_TILE, triton.next_power_of_2(vocab_size))
     return Launch(
         kernel=truncate_kernel,

@@ -264,7 +264,7 @@ def rejection_launches(
 ) -> tuple[list[Launch], Tensor, Tensor]:
     """`rejection_verify`: (what is launched one after the other, number of accepted tokens, token behind)."""
     num_requests, num_places = draft_ids.shape
-    assert draft_ids.is_contiguous()
+    assert all(each.is_contiguous() for each in (draft_ids, seeds, positions, choices))
     assert draft_ids.dtype == seeds.dtype == positions.dtype == choices.dtype == torch.int64
     target_facts = target_logits.new_empty(len(target_logits), 2)
     launches = [softmax_facts_launch(target_logits, target_facts)]

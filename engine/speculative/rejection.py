@@ -87,7 +87,8 @@ def _padded(token_ids: Sequence[Sequence[int]], device: torch.device) -> Tensor:
 
 
 def _keys(requests: Sequence[Request], device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """Seeds, positions of the next tokens, choices."""
+    """Seeds, positions of the next tokens, choices, each a dense tensor."""
     keys = [(request.sampling.seed, request.num_tokens, request.choice) for request in requests]
-    seeds, positions, choices = torch.tensor(keys, dtype=torch.int64, device=device).unbind(1)
+    columns = torch.tensor(keys, dtype=torch.int64).T.contiguous()
+    seeds, positions, choices = columns.to(device).unbind(0)
     return seeds, positions, choices
