@@ -89,7 +89,8 @@ class Copy:
         if self.to_host:
             self.target.copy_(self.content)
         else:
-            assert torch.equal(_bits(self.source), _bits(self.content)), "host memory was written too early"
+            same = torch.equal(_bits(self.source), _bits(self.content))
+            assert same, "host memory was written too early"
 
 
 class Device(TorchDispatchMode):
