@@ -53,6 +53,10 @@ IDLE_GOALS = {"8B": 2.0, "1B": 5.0}
 WITHOUT = {"CUDA graphs": {"cuda_graphs": "off"}, "overlap": {"overlap": "off"}}
 """What is switched off, one at a time, to show what it gives: fields of EngineConfig."""
 
+DRAFTS = {"8B": "1B"}
+"""Draft models, by the model that they draft for."""
+DRAFTED_BATCHES = (1, 32)
+
 DECODE_KERNELS = {
     "8B, batch 32, 1k": ("8B", 32, 1024),
     "8B, batch 128, 1k": ("8B", 128, 1024),
@@ -80,6 +84,7 @@ def _rows() -> Iterator[Row]:
     yield from ceilings()
     for shape in ("8B", "1B", "0.6B"):
         yield from steps(shape)
+        yield from drafts(shape)
     yield from kernels()
     yield from sampler()
     yield from split()
@@ -115,6 +120,15 @@ def steps(shape: str) -> Iterator[Row]:
     goal = Goal("measured", "<=", limit) if limit else None
     idle = f"GPU idle between steps, {shape}, batch {IDLE_BATCH}"
     yield Row(name=idle, section=shape, unit="%", estimate_s=6, goal=goal)
+
+
+def drafts(shape: str) -> Iterator[Row]:
+    """The step that drafts first, its passes started one behind the other."""
+    for batch in DRAFTED_BATCHES if shape in DRAFTS else ():
+        yield Row(
+            name=f"decode step with drafts, {shape} and {DRAFTS[shape]}, batch {batch}", section=shape,
+            unit="ms", estimate_s=10, against="passes one by one",
+        )  # fmt: skip
 
 
 def kernels() -> Iterator[Row]:

@@ -9,6 +9,7 @@ from benchmarks.gpu_rows.models import RandomModel
 from engine.config import EngineConfig
 from engine.engine import Engine
 from engine.request import Request, RequestState, SamplingParams
+from engine.sampler import Sample
 
 BLOCK_SIZE = 16
 ROOM = 256
@@ -61,7 +62,7 @@ def start_decoding(engine: Engine, batch: int, context_len: int) -> list[Request
         engine.enter(request)
         if not engine.reserve(request):
             raise RuntimeError(f"the pool has no room for {batch} requests of {context_len} tokens")
-        engine.commit(request, 3, None)
+        engine.commit_choices(request, {0: Sample(3)}, num_groups=len(engine.kv_cache.groups))
     return requests
 
 

@@ -3,17 +3,16 @@
 A step is `Engine.step`: schedule, batch, model, sampler and commit, until its tokens are known on the host.
 """
 
-import gc
-import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 
-from benchmarks.gpu_rows import floors
+from benchmarks.gpu_rows import drafts, floors
 from benchmarks.gpu_rows.bench import Bench, RowFunctions, scaled
 from benchmarks.gpu_rows.busy import busy
 from benchmarks.gpu_rows.catalogue import BATCHES, IDLE_BATCH, PROMPTS, WITHOUT
+from benchmarks.gpu_rows.decoding import WARM_UPS, context_len, decoding, time_steps
 from benchmarks.gpu_rows.models import random_model
 from benchmarks.gpu_rows.row import Measured
 from benchmarks.gpu_rows.serving import (
@@ -22,14 +21,10 @@ from benchmarks.gpu_rows.serving import (
     make_engine,
     make_request,
     prefill,
-    start_decoding,
-    stop_decoding,
 )
-from benchmarks.gpu_rows.timing import Timing, time_wall
+from benchmarks.gpu_rows.timing import time_wall
 from engine.engine import Engine
 
-CONTEXT_LEN = 1024
-WARM_UPS = 8
 PREFILL_WARM_UPS = 2
 PROFILED_STEPS = 12
 
@@ -52,7 +47,7 @@ def rows(bench: Bench) -> RowFunctions:
         )
         for name, switches in WITHOUT.items()
     }
-    return functions
+    return functions | drafts.rows(bench, steps.model)
 
 
 class Steps:
@@ -63,24 +58,24 @@ class Steps:
         self._shape = bench.shape(name)
         self._batches = bench.pick(BATCHES, (1, 2, 4))
         max_model_len = bench.pick(max(PROMPTS.values()) + ROOM, 512)
-        self._model = random_model(bench, self._shape, max_model_len)
+        self.model = random_model(bench, self._shape, max_model_len)
         self._config = engine_config(
             bench, max_model_len=max_model_len, batches=self._batches,
-            tokens=max(self._batches) * (self._context_len + ROOM),
+            tokens=max(self._batches) * (context_len(bench) + ROOM),
         )  # fmt: skip
         self._engine: tuple[Mapping[str, str], Engine] | None = None
 
     def decode_row(self, batch: int, **switches: str) -> Measured:
-        """A step of a batch with contexts of about CONTEXT_LEN; `switches` are fields of EngineConfig."""
+        """A step of a batch with contexts of about 1k; `switches` are fields of EngineConfig."""
         num_steps = self._bench.pick(120, 3)
         with self._decoding(batch, switches) as engine:
-            timing = Timing.of([self._step_s(engine) for _ in range(num_steps)])
-        context_len = self._context_len + WARM_UPS + num_steps / 2
-        kv_read = floors.decode_bytes(self._shape, self._batch(batch), context_len)
+            timing = time_steps(engine, num_steps)
+        context = context_len(self._bench) + WARM_UPS + num_steps / 2
+        kv_read = floors.decode_bytes(self._shape, self._batch(batch), context)
         flops = floors.decode_flops(self._shape, self._batch(batch))
         floor = self._bench.floor_s(read=kv_read, flops=flops)
         details = timing.details | {
-            "context": context_len, "GB": round(kv_read * 1e-9, 3),
+            "context": context, "GB": round(kv_read * 1e-9, 3),
             "tokens/s": round(self._batch(batch) / timing.seconds, 1),
         }  # fmt: skip
         return Measured(value=timing.seconds * 1e3, floor=scaled(floor, 1e3), details=details)
@@ -106,7 +101,7 @@ class Steps:
         """The share of a step's wall time in which the device does nothing."""
         with self._decoding(IDLE_BATCH, {}) as engine:
             num_steps = self._bench.pick(PROFILED_STEPS, 2)
-            wall = Timing.of([self._step_s(engine) for _ in range(5 * num_steps)])
+            wall = time_steps(engine, 5 * num_steps)
             seen = busy(self._bench, lambda: [engine.step() for _ in range(num_steps)])
         busy_s = seen.seconds / num_steps
         details = wall.details | {
@@ -114,10 +109,6 @@ class Steps:
             "kernels per layer": round(seen.num_kernels / num_steps / self._shape.num_layers, 2),
         }  # fmt: skip
         return Measured(value=max(1 - busy_s / wall.seconds, 0.0) * 100, details=details)
-
-    @property
-    def _context_len(self) -> int:
-        return self._bench.pick(CONTEXT_LEN, 64)
 
     def _batch(self, batch: int) -> int:
         """The size that stands for it in this run."""
@@ -127,24 +118,11 @@ class Steps:
     def _decoding(self, batch: int, switches: Mapping[str, str]) -> Iterator[Engine]:
         """An engine in the middle of decoding."""
         engine = self._make_engine(switches)
-        requests = start_decoding(engine, self._batch(batch), self._context_len)
-        try:
-            for _ in range(WARM_UPS):
-                engine.step()
-            if not self._bench.rehearsal:  # a collection takes longer than all tiny steps
-                gc.collect()
-                gc.freeze()
+        with decoding(self._bench, engine, self._batch(batch)):
             yield engine
-        finally:
-            stop_decoding(engine, requests)
 
     def _make_engine(self, switches: Mapping[str, str]) -> Engine:
         if self._engine is None or self._engine[0] != switches:
             self._engine = None
-            self._engine = (switches, make_engine(self._model, replace(self._config, **switches)))
+            self._engine = (switches, make_engine(self.model, replace(self._config, **switches)))
         return self._engine[1]
-
-    def _step_s(self, engine: Engine) -> float:
-        start = time.perf_counter()
-        engine.step()
-        return time.perf_counter() - start

@@ -19,6 +19,7 @@ PROMISED = [
     *[f"decode step, {shape}, batch {batch}" for shape in SHAPES for batch in (1, 32, 128)],
     *[f"prefill, {shape}, {length}" for shape in SHAPES for length in ("2k", "8k")],
     *[f"GPU idle between steps, {shape}, batch 32" for shape in SHAPES],
+    *[f"decode step with drafts, 8B and 1B, batch {batch}" for batch in (1, 32)],
     "paged decode attention, 8B, batch 32, 1k",
     "paged decode attention beside flashinfer, 8B, batch 32, 1k",
     "gather of 8k tokens, 8B",
