@@ -55,13 +55,13 @@ class EngineConfig:
     dtype: DType = "auto"
     """Of weights and KV. "auto": the checkpoint's on a GPU, float32 on a CPU, where exactness is defined."""
     cuda_graphs: CudaGraphs = "auto"
-    """"auto": on a GPU decode steps, and passes of a draft model that overlap, are captured at the start and
-    replayed, unless several ranks compute."""
+    """"auto": on a GPU decode steps, on every rank, and passes of a draft model that overlap, are captured at
+    the start and replayed."""
     cuda_graph_sizes: tuple[int, ...] = ()
     """Numbers of requests that captured steps are padded to; empty: `engine.step.shapes.usual_sizes`."""
     overlap: Overlap = "auto"
-    """Start a decode step before the one before it has ended; never with speculation or with several ranks.
-    With a draft model its passes start so, and are waited for once. "auto": on a GPU."""
+    """Start a decode step before the one before it has ended; never with speculation. With a draft model its
+    passes start so, and are waited for once. "auto": on a GPU."""
     layer_stream_threshold: int = 0
     """Chunks of at least so many prompt tokens are told of layer by layer (engine.layer_watch); 0: none."""
     linked_memory_bytes: int = 0

@@ -124,6 +124,7 @@ class Engine:
     def step(self) -> StepResult:
         """Schedule, run, commit; `engine.step.pipeline` says what of it overlaps."""
         plan, samples = self._pipeline.step()
+        self.model.ranks.confirm()
         return self._commit_step(plan, iter(samples))
 
     def has_work(self) -> bool:

@@ -88,7 +88,7 @@ def with_kv_memory(config: EngineConfig, model: LoadedModel, meter: Meter | None
     own = kv_cache_bytes(
         memory,
         utilization=config.gpu_memory_utilization,
-        captured=captures(config, model.ranks),
+        captured=captures(config),
         linked_bytes=config.linked_memory_bytes,
     )
     return replace(config, kv_cache_memory_bytes=max(own * model.ranks.shard.size, 1))

@@ -31,7 +31,7 @@ class Runner:
         self._watch = model.watch
         self._kv_cache = kv_cache
         self.sampler = Sampler(model.facts.eos_token_ids, model.facts.vocab_size, grammars)
-        recorder = make_recorder(config, model.ranks)
+        recorder = make_recorder(config)
         self._graphs, self.flights = make_steps(config, model, kv_cache, recorder)
         self.speculation = make_speculation(config, model, kv_cache, self.sampler, recorder)
 

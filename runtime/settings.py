@@ -106,7 +106,7 @@ class EngineSettings(ProcessSettings):
     draft_acceptance: Literal["coupled", "rejection"] = "coupled"
     """coupled: the tokens of speculation off; rejection: of the same distribution, whatever the seed."""
     cuda_graphs: Literal["auto", "off"] = "auto"
-    """auto: on a GPU decode steps are captured at the start and replayed; off: kernel by kernel."""
+    """auto: on a GPU every rank captures its decode steps at the start and replays them; off: neither."""
     cuda_graph_sizes: list[Count] = Field(default=[])
     """Numbers of requests that captured steps are padded to; none: 1, 2, 4, 8, 16, ... --max-num-seqs."""
     overlap: Literal["auto", "on", "off"] = "auto"

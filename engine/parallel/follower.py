@@ -28,8 +28,10 @@ from engine.models.llama import Llama
 from engine.parallel.errors import RankLost
 from engine.parallel.groups import Group, open_group
 from engine.parallel.layers import parallelize
+from engine.parallel.led_steps import FollowedSteps
 from engine.parallel.shard import Shard
 from engine.parallel.wire import Channel, Inputs, Message, Op, encode, raw
+from engine.step.spec import StepSpec
 from runtime import logs
 from runtime.errors import StartupError
 
@@ -86,6 +88,7 @@ class Follower:
         self._commands = commands
         self._reads = reads
         self._pool: LocalKvPool | None = None
+        self._steps: FollowedSteps | None = None
         self._handlers: dict[Op, Callable[[Message], None]] = {
             Op.ALLOCATE: self._allocate,
             Op.FORWARD: self._forward,
@@ -94,6 +97,9 @@ class Follower:
             Op.STORE: self._store,
             Op.LOAD: self._load_back,
             Op.SCATTER: self._scatter,
+            Op.RECORD_STEPS: self._record_steps,
+            Op.STEP: lambda message: self.steps.run(message),
+            Op.CHANGE_TABLES: lambda message: self.steps.change(message),
         }
 
     def load(self) -> None:
@@ -113,6 +119,12 @@ class Follower:
         """This rank's heads of every block."""
         assert self._pool is not None, "ALLOCATE comes first"
         return self._pool
+
+    @property
+    def steps(self) -> FollowedSteps:
+        """Steps over fixed buffers and this pool."""
+        assert self._steps is not None, "RECORD_STEPS comes first"
+        return self._steps
 
     @torch.inference_mode()
     def run(self) -> None:
@@ -134,6 +146,7 @@ class Follower:
             self._reads.send(encode(Op.GATHERED, num_payload_bytes=len(payload)), raw(payload))
 
     def _allocate(self, message: Message) -> None:
+        assert self._steps is None, "steps are recorded over the pool that stays"
         [(num_blocks, num_host_blocks)] = message.lists
         self._pool = LocalKvPool(
             [self._spec],
@@ -142,6 +155,10 @@ class Follower:
             num_host_blocks=num_host_blocks,
             device=self._device,
         )
+
+    def _record_steps(self, message: Message) -> None:
+        spec = StepSpec.of(message.lists)
+        self._steps = FollowedSteps(spec, self._module, self.pool.groups[0], self._group)
 
     def _forward(self, message: Message) -> None:
         inputs = Inputs.of(message.arrays, self._start.block_size, self._device)

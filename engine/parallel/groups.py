@@ -5,7 +5,7 @@ that only this user can read: no rendezvous port is opened, and gloo listens on 
 """
 
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, Protocol, cast
@@ -44,6 +44,14 @@ class Group(Protocol):
 
     def broadcast(self, x: Tensor) -> None:
         """Rank 0's contiguous tensor into everybody's."""
+        ...
+
+    def replaying(self) -> AbstractContextManager[None]:
+        """Around the start of recorded operations: they have their deadline, too."""
+        ...
+
+    def check(self) -> None:
+        """RankLost if what operations have left may be anything, because the group was closed."""
         ...
 
     def close(self) -> None:
@@ -112,6 +120,13 @@ class GlooGroup:
         options = BroadcastOptions()
         options.rootRank = 0
         self._run(lambda: self._group.broadcast([x], options))
+
+    def replaying(self) -> AbstractContextManager[None]:
+        """See Group; an operation that is run again is one like any other."""
+        return nullcontext()
+
+    def check(self) -> None:
+        """See Group; an operation that came to nothing has raised."""
 
     def close(self) -> None:
         """See Group. A receive that times out closes its pair for good, which ends all waits on it."""

@@ -27,9 +27,12 @@ from engine.parallel.errors import RankLost
 from engine.parallel.groups import Group, open_group
 from engine.parallel.layers import parallelize
 from engine.parallel.led_pool import LedKvPool
+from engine.parallel.led_steps import LedSteps
 from engine.parallel.member import Member
 from engine.parallel.shard import Shard
-from engine.parallel.wire import Inputs, Ints, Op, encode
+from engine.parallel.wire import Inputs, Ints, Op, encode, raw
+from engine.step.spec import StepSpec
+from engine.step.step_ranks import StepRanks
 from kernels.attention import AttentionBatch
 from runtime.errors import StartupError
 from runtime.limits import RANK_TIMEOUT_S
@@ -78,12 +81,24 @@ class Leader:
         self.tell(Op.ALLOCATE, [pool.num_blocks, pool.num_host_blocks])
         return LedKvPool(self, pool, num_kv_heads)
 
-    def tell(self, op: Op, *arrays: Sequence[int] | Ints) -> None:
+    def lead_steps(self, module: Decoder, spec: StepSpec) -> StepRanks:
+        """See Ranks."""
+        assert isinstance(module, LedModel)
+        return LedSteps(self, module.shard, module.group, spec)
+
+    def confirm(self) -> None:
+        """See Ranks."""
+        assert self._group is not None
+        with self.leading():
+            self._group.check()
+
+    def tell(self, op: Op, *arrays: Sequence[int] | Ints, payload: Tensor | None = None) -> None:
         """Send one message to every follower, in the order of the engine thread's calls."""
-        message = encode(op, *arrays)
+        data = b"" if payload is None else raw(payload)
+        message = encode(op, *arrays, num_payload_bytes=len(data))
         with self.leading():
             for member in self.members:
-                member.commands.send(message)
+                member.commands.send(message, data)
 
     @contextmanager
     def leading(self) -> Iterator[None]:
@@ -137,8 +152,8 @@ class LedModel:
 
     def __init__(self, leader: Leader, shard: Llama, group: Group) -> None:
         self._leader = leader
-        self._shard = shard
-        self._group = group
+        self.shard = shard
+        self.group = group
 
     def forward(
         self,
@@ -153,11 +168,11 @@ class LedModel:
         inputs = Inputs(token_ids, positions, slot_mapping, attention, final)
         self._leader.tell(Op.FORWARD, *inputs.arrays())
         with self._leader.leading():
-            return self._shard.forward(token_ids, positions, kv_group, slot_mapping, attention, final)
+            return self.shard.forward(token_ids, positions, kv_group, slot_mapping, attention, final)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """See Decoder."""
         self._leader.tell(Op.LOGITS, hidden.shape)
         with self._leader.leading():
-            self._group.broadcast(hidden.contiguous())
-            return self._shard.logits(hidden)
+            self.group.broadcast(hidden.contiguous())
+            return self.shard.logits(hidden)

@@ -26,8 +26,8 @@ class Commander(Protocol):
     shard: Shard
     members: Sequence[Member]
 
-    def tell(self, op: Op, *arrays: Sequence[int] | Ints) -> None:
-        """Send one message to every follower."""
+    def tell(self, op: Op, *arrays: Sequence[int] | Ints, payload: Tensor | None = None) -> None:
+        """Send one message to every follower; payload: uint8 on the host."""
         ...
 
     def leading(self) -> AbstractContextManager[None]:

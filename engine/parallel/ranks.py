@@ -7,6 +7,8 @@ from engine.kv_pool import KvPool, LocalKvPool
 from engine.models.decoder import Decoder
 from engine.models.llama import Llama
 from engine.parallel.shard import Shard
+from engine.step.spec import StepSpec
+from engine.step.step_ranks import Alone, StepRanks
 
 
 class Ranks(Protocol):
@@ -24,6 +26,14 @@ class Ranks(Protocol):
 
         `num_kv_heads` are those of the first group; others are rank 0's alone.
         """
+        ...
+
+    def lead_steps(self, module: Decoder, spec: StepSpec) -> StepRanks:
+        """The steps of that kind over `lead_model`'s module and the newest pool; at most one kind."""
+        ...
+
+    def confirm(self) -> None:
+        """RankLost unless everything that has been read of a device by now was computed by all ranks."""
         ...
 
     def watch(self, on_lost: Callable[[str], None]) -> None:
@@ -47,6 +57,13 @@ class OneRank:
     def lead_pool(self, pool: LocalKvPool, num_kv_heads: int) -> KvPool:
         """As it is."""
         return pool
+
+    def lead_steps(self, module: Decoder, spec: StepSpec) -> StepRanks:
+        """As they are."""
+        return Alone(module)
+
+    def confirm(self) -> None:
+        """There is nobody who could have been missing."""
 
     def watch(self, on_lost: Callable[[str], None]) -> None:
         """There is nobody to lose."""

@@ -56,6 +56,12 @@ class Op(IntEnum):
     """Answered by this rank's heads of blocks [block ids, (first layer, layers)]."""
     GATHERED = 11
     """The answer [; payload of gather_blocks]."""
+    RECORD_STEPS = 12
+    """Record steps over the pool, while all ranks do [`StepSpec.arrays`]."""
+    STEP = 13
+    """Run one [(requests, width); payload of `StepInputs.fill`]."""
+    CHANGE_TABLES = 14
+    """Change block tables of the steps [; payload of `StepInputs.fill`]."""
 
 
 @dataclass(frozen=True)

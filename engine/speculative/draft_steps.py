@@ -37,10 +37,10 @@ class DraftStep(DrawingStep):
     def _forward(self, views: StepViews, token_ids: Tensor) -> StepLogits:
         if views.buffers.max_query_len == 1:
             return super()._forward(views, token_ids)
-        hidden = self._module.forward(
+        hidden = self.module.forward(
             token_ids, views.positions, self._kv_group, views.slots, views.attention()
         ).index_select(0, _last_rows(views))
-        return StepLogits(hidden, self._module.logits(hidden))
+        return StepLogits(hidden, self.module.logits(hidden))
 
     def _draw(self, views: StepViews, logits: Tensor) -> None:
         if views.buffers.max_query_len > 1:

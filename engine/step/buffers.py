@@ -48,10 +48,20 @@ class StagedBuffers:
         """The twin that is next."""
         return self.hosts[self.turn]
 
-    def send(self) -> None:
-        """Copy the twin that is next, and turn to the next one."""
-        self._memory.copy_(self._stages[self.turn], non_blocking=True)
+    def send(self) -> Tensor:
+        """Copy the twin that is next, and turn to the next one.
+
+        Returns the twin, uint8 on the host, valid until it is next again.
+        """
+        twin = self._stages[self.turn]
+        self._memory.copy_(twin, non_blocking=True)
         self.turn = (self.turn + 1) % len(self._stages)
+        return twin
+
+    def send_raw(self, twin: Tensor) -> None:
+        """`send` what another `StagedBuffers` of the same layout has sent."""
+        self._stages[self.turn].copy_(twin)
+        self.send()
 
     def settle(self) -> None:
         """Wait until every copy has arrived."""

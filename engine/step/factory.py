@@ -1,4 +1,4 @@
-"""The captured steps that an engine's config asks for."""
+"""The captured steps that an engine's config asks for, on every rank that computes its model."""
 
 import logging
 from collections.abc import Sequence
@@ -9,12 +9,12 @@ import torch
 from engine.config import EngineConfig
 from engine.kv_cache import KvCache
 from engine.loader import LoadedModel
-from engine.parallel.ranks import Ranks
 from engine.step.decode_step import DecodeStep, DrawingStep
 from engine.step.flights import Flights
-from engine.step.graphs import CudaGraphs, Recorder, StepGraphs, Uncaptured
-from engine.step.inputs import StepInputs
+from engine.step.graphs import Recorder, StepGraphs, recorder_for
 from engine.step.shapes import StepShapes, usual_sizes, widths
+from engine.step.spec import StepSpec
+from engine.step.step_ranks import StepRanks
 from runtime.clock import SystemClock
 
 logger = logging.getLogger(__name__)
@@ -32,19 +32,15 @@ class Steps(NamedTuple):
     """None: every step is waited for before the next one is scheduled."""
 
 
-def make_recorder(config: EngineConfig, ranks: Ranks) -> Recorder:
+def make_recorder(config: EngineConfig) -> Recorder:
     """One for all steps of an engine, whose graphs share their memory."""
-    return CudaGraphs(torch.device(config.device)) if captures(config, ranks) else Uncaptured()
+    return recorder_for(torch.device(config.device), captured=captures(config))
 
 
 def make_steps(config: EngineConfig, model: LoadedModel, kv_cache: KvCache, recorder: Recorder) -> Steps:
-    """Captured steps on a GPU; overlap needs steps over fixed buffers on any device.
-
-    Other ranks are told every step what to compute, which no graph can do, so they have neither.
-    """
-    if not captures(config, model.ranks):
-        has_steps = overlaps(config) and model.ranks.shard.size == 1
-        return steps_with(recorder, config, model, kv_cache) if has_steps else Steps(None, None)
+    """Captured steps on a GPU; overlap needs steps over fixed buffers on any device."""
+    if not captures(config):
+        return steps_with(recorder, config, model, kv_cache) if overlaps(config) else Steps(None, None)
     clock = SystemClock()
     start = clock.now()
     steps = steps_with(recorder, config, model, kv_cache)
@@ -52,10 +48,9 @@ def make_steps(config: EngineConfig, model: LoadedModel, kv_cache: KvCache, reco
     return steps
 
 
-def captures(config: EngineConfig, ranks: Ranks) -> bool:
+def captures(config: EngineConfig) -> bool:
     """Whether decode steps are captured."""
-    on_gpu = torch.device(config.device).type == "cuda"
-    return config.cuda_graphs == "auto" and on_gpu and ranks.shard.size == 1
+    return config.cuda_graphs == "auto" and torch.device(config.device).type == "cuda"
 
 
 def overlaps(config: EngineConfig) -> bool:
@@ -71,35 +66,46 @@ def may_overlap(config: EngineConfig) -> bool:
 
 def steps_with(recorder: Recorder, config: EngineConfig, model: LoadedModel, kv_cache: KvCache) -> Steps:
     """All shapes of this engine, recorded."""
-    shapes, module, kv_group = step_shapes(config), model.module, kv_cache.groups[0]
-    inputs = StepInputs(
-        max_num_seqs=shapes.max_num_seqs,
-        max_num_rows=shapes.max_num_rows,
-        max_model_len=model.facts.max_model_len,
-        block_size=config.block_size,
-        device=kv_group.device,
-    )
-    if not overlaps(config):
-        return Steps(_recorded(DecodeStep(module, kv_group, inputs), shapes, recorder), None)
-    step = DrawingStep(module, kv_group, inputs, max_num_rows=shapes.max_num_rows)
-    graphs = _recorded(step, shapes, recorder)
+    spec, kv_group = step_spec(config, model), kv_cache.groups[0]
+    ranks = model.ranks.lead_steps(model.module, spec)
+    inputs, max_num_rows = spec.inputs(kv_group.device), spec.shapes.max_num_rows
+    if not spec.draws:
+        return Steps(_recorded(DecodeStep(ranks.module, kv_group, inputs), spec, recorder, ranks), None)
+    step = DrawingStep(ranks.module, kv_group, inputs, max_num_rows=max_num_rows, share=ranks.share)
+    graphs = _recorded(step, spec, recorder, ranks)
     return Steps(graphs, Flights(graphs, step.drawn))
 
 
-def _recorded(step: DecodeStep, shapes: StepShapes, recorder: Recorder) -> StepGraphs:
-    graphs = StepGraphs(step, shapes, recorder)
+def _recorded(step: DecodeStep, spec: StepSpec, recorder: Recorder, ranks: StepRanks) -> StepGraphs:
+    graphs = StepGraphs(step, spec.shapes, recorder, ranks)
     graphs.capture()
     return graphs
 
 
+def step_spec(config: EngineConfig, model: LoadedModel) -> StepSpec:
+    """What the steps of this engine are fixed to."""
+    return StepSpec(
+        sizes=tuple(padded_sizes(config)),
+        widths=tuple(_widths(config)),
+        max_model_len=model.facts.max_model_len,
+        block_size=config.block_size,
+        draws=overlaps(config),
+        captured=captures(config),
+    )
+
+
 def step_shapes(config: EngineConfig) -> StepShapes:
     """For batches of at most `max_num_seqs` requests, with as many draft tokens as there may be."""
-    max_draft_tokens = 0
-    if config.speculative != "off":
-        max_draft_tokens = MAX_DRAFT_TOKENS if config.num_draft_tokens is None else config.num_draft_tokens
-    return StepShapes(padded_sizes(config), widths(max_draft_tokens))
+    return StepShapes(padded_sizes(config), _widths(config))
 
 
 def padded_sizes(config: EngineConfig) -> Sequence[int]:
     """Numbers of requests that steps are padded to."""
     return config.cuda_graph_sizes or usual_sizes(config.max_num_seqs)
+
+
+def _widths(config: EngineConfig) -> list[int]:
+    max_draft_tokens = 0
+    if config.speculative != "off":
+        max_draft_tokens = MAX_DRAFT_TOKENS if config.num_draft_tokens is None else config.num_draft_tokens
+    return widths(max_draft_tokens)

@@ -9,12 +9,14 @@ from functools import partial
 from typing import Protocol, TypeVar
 
 import torch
+from torch import Tensor
 
 from engine.batch import Span
 from engine.drawing import Draw
 from engine.step.decode_step import DecodeStep, StepLogits
 from engine.step.row_order import RowOrder
 from engine.step.shapes import StepShape, StepShapes
+from engine.step.step_ranks import Alone, StepRanks
 
 T = TypeVar("T")
 
@@ -53,7 +55,8 @@ class CudaGraphs:
                 run()
         self._stream.synchronize()
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream):
+        # Other threads may look at events meanwhile; that is an error in the default mode.
+        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
             result = run()
 
         def replay() -> T:
@@ -63,12 +66,21 @@ class CudaGraphs:
         return replay
 
 
+def recorder_for(device: torch.device, *, captured: bool) -> Recorder:
+    """A new one."""
+    return CudaGraphs(device) if captured else Uncaptured()
+
+
 class StepGraphs:
     """A decode step in each of its shapes."""
 
-    def __init__(self, step: DecodeStep, shapes: StepShapes, recorder: Recorder) -> None:
+    def __init__(
+        self, step: DecodeStep, shapes: StepShapes, recorder: Recorder, ranks: StepRanks | None = None
+    ) -> None:
+        """`ranks`: whom rank 0 runs its steps with."""
         self.shapes = shapes
         self.rows = RowOrder()
+        self._ranks = ranks or Alone(step.module)
         self._inputs = step.inputs
         self._step = step
         self._recorder = recorder
@@ -77,9 +89,10 @@ class StepGraphs:
     @torch.inference_mode()
     def capture(self) -> None:
         """Record every shape; nothing is read or written but padding."""
-        for shape in self.shapes:
-            self._inputs.fill(shape, [])
-            self._replays[shape] = self._recorder.record(partial(self._step.compute, shape))
+        with self._ranks.recording():
+            for shape in self.shapes:
+                self._inputs.fill(shape, [])
+                self._replays[shape] = self._recorder.record(partial(self._step.compute, shape))
 
     def run(
         self,
@@ -89,9 +102,15 @@ class StepGraphs:
         sources: Sequence[int] = (),
     ) -> StepLogits:
         """Start a step over what `StepInputs.fill` takes; its results are on their way when this returns."""
-        self._inputs.fill(shape, spans, draws, sources)
-        return self._replays[shape]()
+        filled = self._inputs.fill(shape, spans, draws, sources, self._ranks.change)
+        with self._ranks.running(shape, filled):
+            return self._replays[shape]()
 
     def check(self) -> None:
         """Assert the invariant of the inputs; no step is on its way."""
         self._inputs.check()
+
+    def repeat(self, shape: StepShape, filled: Tensor) -> None:
+        """On another rank: start the step that rank 0 starts with these inputs."""
+        self._inputs.take(filled)
+        self._replays[shape]()

@@ -10,7 +10,7 @@ writing that (`engine.step.table_rows`). So it reads what was sent for it and th
 it have left, and every `fill` is followed by a run.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -129,34 +129,50 @@ class StepInputs:
         spans: Sequence[Span],
         draws: Sequence[Draw] = (),
         sources: Sequence[int] = (),
-    ) -> None:
+        changed: Callable[[Tensor], None] = lambda changes: None,
+    ) -> Tensor:
         """Write a batch, packed as `engine.batch.pack` packs it, and its padding; no spans: padding alone.
 
         draws: of each row, if the step draws the tokens behind the spans; sources: of each row, by default
         none. What of the batch can be in the row where it was the last time costs less.
+
+        Returns the bytes that the step reads, for another rank's `take`. `changed` gets, as soon as they are
+        sent, bytes for another rank's `take_changes`, which come before. Both are valid until two later ones.
         """
-        self._change_tables(spans)
+        self._change_tables(spans, changed)
         self._draw_rows[self._buffers.turn].write(draws)
         _write(self._buffers.host["sources"], sources, shape.num_rows, NO_SOURCE)
         self._fill_batch(shape, spans)
-        self._buffers.send()
+        return self._buffers.send()
+
+    def take(self, filled: Tensor) -> None:
+        """`fill` of another rank's inputs, made alike."""
+        self._buffers.send_raw(filled)
+
+    def take_changes(self, changes: Tensor) -> None:
+        """What `fill` of another rank's inputs changes before its step begins."""
+        self._buffers.send_raw(changes)
+        self._change_now()
 
     def check(self) -> None:
         """Assert that the tables are what the rows were told to hold; the newest step must have ended."""
         self._table_rows.check(self._block_tables.tolist())
 
-    def _change_tables(self, spans: Sequence[Span]) -> None:
+    def _change_tables(self, spans: Sequence[Span], changed: Callable[[Tensor], None]) -> None:
         """Write the changes of a step to the host; those that are too many go to the tables at once."""
         tables = ((span.table, self._num_blocks(span)) for span in spans)
         places, block_ids = self._table_rows.changes(tables)
         most = len(self._tables.places)
         while len(places) > most:
             self._write_changes(places[:most], block_ids[:most])
-            self._buffers.send()
-            self._tables.update()
-            self._buffers.settle()
+            changed(self._buffers.send())
+            self._change_now()
             del places[:most], block_ids[:most]
         self._write_changes(places, block_ids)
+
+    def _change_now(self) -> None:
+        self._tables.update()
+        self._buffers.settle()
 
     def _write_changes(self, places: Sequence[int], block_ids: Sequence[int]) -> None:
         host, most, spare = self._buffers.host, len(self._tables.places), len(self._tables.entries) - 1
