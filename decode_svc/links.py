@@ -17,7 +17,6 @@ from functools import partial
 from typing import Any, Protocol
 
 import grpc.aio
-from torch import Tensor
 
 from decode_svc.receiving import Receiving
 from engine.engine import Engine
@@ -30,11 +29,12 @@ from kvtransfer.actions import (
     TransferFailed,
 )
 from kvtransfer.handshake import answer
+from kvtransfer.lanes import RECEIVER
 from kvtransfer.plan import MAX_SLAB_BYTES, choose_slab_bytes
 from kvtransfer.receiver import ReceiverLink
 from kvtransfer.receiver_pump import ReceiverPump
 from kvtransfer.states import Tombstones, TransferState
-from kvtransfer.transport import NUM_SLABS, Transport
+from kvtransfer.transport import NUM_SLABS
 from protos.tandem.v1 import common_pb2, kvlink_pb2, kvlink_pb2_grpc
 from runtime import rpc
 from runtime.clock import SystemClock
@@ -43,9 +43,11 @@ from runtime.limits import LINK_TIMEOUT_S
 from worker.control_stream import ControlStream, Envelope
 from worker.devices import use as use_device
 from worker.epoch import Failure, LinkCounts, drive
+from worker.lanes.link_lanes import LinkLanes
+from worker.lanes.open import open_lanes
 from worker.link_messages import to_response
 from worker.main import WorkerParts
-from worker.transports import open_transport, usable_transports
+from worker.transports import usable_transports
 
 logger = logging.getLogger(__name__)
 
@@ -123,10 +125,10 @@ class DecodeLinks(kvlink_pb2_grpc.KvLinkServiceServicer):
         worker_id = hello.sender.worker_id
         welcome = self._answer(hello)
         stream.post(welcome)
-        device = self._transports.device
-        transport = await open_transport(welcome, 1, stream, self._parts.settings, device)
+        peer_size = max(hello.num_ranks, 1)
+        lanes = await open_lanes(self._parts, welcome, stream, end=RECEIVER, peer_size=peer_size)
         ended = self._ended[worker_id]
-        link = DecodeLink(self._parts, self._intake, stream, welcome, transport, ended, worker_id)
+        link = DecodeLink(self._parts, self._intake, stream, welcome, lanes, ended, worker_id)
         before = self._links.pop(worker_id, None)
         if before is not None:
             before.failure.tell("the sender opened a new epoch")
@@ -153,6 +155,7 @@ class DecodeLinks(kvlink_pb2_grpc.KvLinkServiceServicer):
             slab_bytes=lambda name: choose_slab_bytes(facts, num_blocks, MAX_SLAB_BYTES[name]),
             num_slabs=NUM_SLABS,
             epoch=next(self._epochs),
+            num_ranks=self._parts.engine.model.ranks.shard.size,
         )
 
 
@@ -165,13 +168,14 @@ class DecodeLink:
         intake: Intake,
         stream: ControlStream,
         welcome: m.Welcome,
-        transport: Transport,
+        lanes: LinkLanes,
         ended: Tombstones,
         sender: str,
     ) -> None:
         self._parts = parts
         self._intake = intake
         self._stream = stream
+        self._lanes = lanes
         self.failure = Failure()
         facts = parts.facts.with_groups(welcome.num_groups)
         self.num_groups = welcome.num_groups
@@ -179,7 +183,7 @@ class DecodeLink:
         link = ReceiverLink(facts=facts, welcome=welcome, clock=SystemClock(), ended=ended)
         self._pump = ReceiverPump(
             link,
-            transport,
+            lanes,
             deliver=self._deliver,
             post=stream.post,
             on_event=self._tell,
@@ -209,13 +213,14 @@ class DecodeLink:
         """Give a transfer up; its sender is told."""
         self._pump.cancel(transfer_id, reason)
 
-    def _deliver(self, frame: IncomingFrame, payload: Tensor) -> None:
+    def _deliver(self, frame: IncomingFrame) -> None:
         """On the pump's thread: the engine thread scatters and gives the slab back."""
         assert frame.transfer_id is not None
         transfer_id = frame.transfer_id
 
         def scatter(engine: Engine) -> None:
-            checksum = self._intake.receiving.scatter(engine, transfer_id, frame.rectangle, payload)
+            piece = self._intake.receiving.target(transfer_id, frame.rectangle)
+            checksum = None if piece is None else self._lanes.scatter(piece, frame.slab)
             self._pump.frame_scattered(frame, checksum)
 
         self._parts.bridge.thread.post(scatter)

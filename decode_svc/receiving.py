@@ -1,18 +1,17 @@
 """The engine thread's half of the intake: reservations in the policy's order, and scatters.
 
-That thread alone allocates and frees blocks, so a frame that is still wanted when `scatter` looks cannot
+That thread alone allocates and frees blocks, so a frame that is still wanted when `target` looks cannot
 lose its blocks before the copy ends, and a late one finds nothing.
 """
 
 from bisect import insort
 from collections.abc import Callable
 
-from torch import Tensor
-
 from engine.engine import Engine
 from engine.request import Request
 from kvtransfer.plan import Rectangle
 from runtime.errors import TandemError
+from worker.lanes.stripes import Piece
 
 
 class Receiving:
@@ -53,16 +52,19 @@ class Receiving:
                 self._reserved(transfer_id, len(request.block_tables[0]), request.num_cached_tokens)
             del self._waiting[0]
 
-    def scatter(self, engine: Engine, transfer_id: bytes, rectangle: Rectangle, slab: Tensor) -> int | None:
-        """Copy a frame into the request's blocks and return its checksum; None of a transfer that has ended,
+    def target(self, transfer_id: bytes, rectangle: Rectangle) -> Piece | None:
+        """The request's blocks that a frame is for, to be copied at once; None of a transfer that has ended,
         which leaves no trace. What was copied wrong is in blocks that only a commit shows to anybody."""
         request = self._live.get(transfer_id)
         if request is None:
             return None
         first, end = rectangle.first_block, rectangle.first_block + rectangle.num_blocks
-        block_ids = request.block_tables[rectangle.group][first:end]
-        pool = engine.kv_cache.pool
-        return pool.scatter(rectangle.group, block_ids, rectangle.first_layer, rectangle.num_layers, slab)
+        return Piece(
+            group=rectangle.group,
+            block_ids=request.block_tables[rectangle.group][first:end],
+            first_layer=rectangle.first_layer,
+            num_layers=rectangle.num_layers,
+        )
 
     def take(self, transfer_id: bytes) -> Request | None:
         """The request of a transfer that is complete; None if it was dropped meanwhile."""

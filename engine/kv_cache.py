@@ -32,7 +32,7 @@ class KvCache:
             num_host_blocks=num_slots,
             device=torch.device(config.device),
         )
-        self.pool = ranks.lead_pool(local, target.num_kv_heads)
+        self.pool = ranks.lead_pool(local)
         self.groups = self.pool.groups
         """[num_layers, 2, num_blocks, block_size, num_kv_heads, head_dim] each, contiguous; of the first, the
         heads of this rank."""

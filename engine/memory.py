@@ -110,7 +110,7 @@ def _small_pool(config: EngineConfig, model: LoadedModel) -> list[Tensor]:
         num_host_blocks=0,
         device=torch.device(config.device),
     )
-    return ranks.lead_pool(local, target.num_kv_heads).groups
+    return ranks.lead_pool(local).groups
 
 
 @torch.inference_mode()

@@ -24,16 +24,19 @@ def answer(
     slab_bytes: Callable[[str], int],
     num_slabs: int,
     epoch: int,
+    num_ranks: int = 1,
 ) -> Welcome:
-    """The receiver's choices for this epoch.
+    """The choices of a receiver of so many ranks for this epoch.
 
     Takes the first of the sender's transports, each with its proof, for which `refusal` has no reason;
     `slab_bytes` is by transport. Raises Mismatch if the hello is meant for another boot, if a KV fact that
-    matters differs (all are named), or if every transport is refused (with all reasons).
+    matters differs (all are named), if every transport is refused (with all reasons), or if the sender knows
+    nothing of ranks and would have to.
     """
     if hello.receiver_boot_id != boot_id:
         raise Mismatch(f"boot {hello.receiver_boot_id} was wanted, this is boot {boot_id}")
     num_groups = facts.num_common_groups(hello.facts)
+    _require_ranks_known(hello.num_ranks, num_ranks)
     transport = _first_accepted(hello, refusal)
     return Welcome(
         epoch=epoch,
@@ -41,7 +44,14 @@ def answer(
         frame_sizes=frame_sizes(slab_bytes(transport)),
         num_slabs=num_slabs,
         num_groups=num_groups,
+        num_ranks=num_ranks,
     )
+
+
+def _require_ranks_known(theirs: int, ours: int) -> None:
+    """Frames come and go whole where a peer knows nothing of ranks: then there must be one."""
+    if theirs == 0 and ours > 1:
+        raise Mismatch(f"this worker has {ours} ranks, and the other's version knows nothing of ranks")
 
 
 def _first_accepted(hello: Hello, refusal: Callable[[str, bytes], str | None]) -> str:
@@ -56,7 +66,9 @@ def _first_accepted(hello: Hello, refusal: Callable[[str, bytes], str | None]) -
 
 
 def require_usable(welcome: Welcome, hello: Hello, *, max_slab_bytes: int) -> None:
-    """Raise LinkViolation unless the welcome answers `hello` within this side's limits."""
+    """Raise LinkViolation unless the welcome answers `hello` within this side's limits; Mismatch if the
+    receiver knows nothing of ranks and would have to."""
+    _require_ranks_known(welcome.num_ranks, hello.num_ranks)
     sizes, facts = welcome.frame_sizes, hello.facts
     least = max(layer_block_bytes(group, facts.block_size) for group in facts.groups)
     if welcome.transport not in hello.transports:

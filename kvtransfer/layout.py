@@ -26,7 +26,7 @@ class KvGroup:
     num_layers: int
     """Layers in the group."""
     num_kv_heads: int
-    """Key and value heads on this rank."""
+    """Key and value heads of the whole model, on all ranks together."""
     head_dim: int
     """Elements of one head."""
     dtype: str

@@ -17,6 +17,7 @@ class Hello:
     facts: KvFacts
     transports: tuple[str, ...]
     transport_proofs: tuple[bytes, ...] = ()
+    num_ranks: int = 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,6 +29,7 @@ class Welcome:
     frame_sizes: tuple[int, ...]
     num_slabs: int
     num_groups: int = 1
+    num_ranks: int = 1
 
 
 @dataclass(frozen=True, kw_only=True)

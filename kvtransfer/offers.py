@@ -19,6 +19,8 @@ logger = logging.getLogger(__name__)
 
 ON_HOSTS = ("shm", "gloo")
 ON_GPUS = ("cuda_ipc", "nccl")
+RANKS_ON_GPUS = ("nccl",)
+"""Of workers of several ranks, which are on as many GPUs: no other worker is on the same ones."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,12 +32,13 @@ class Transports:
     device: torch.device
 
     @classmethod
-    def of(cls, setting: str, device: torch.device) -> "Transports":
-        """From `--transport` and the device of the KV pool.
+    def of(cls, setting: str, device: torch.device, num_ranks: int = 1) -> "Transports":
+        """From `--transport`, the device of the KV pool, and how many ranks have a part of it.
 
         Raises StartupError if this worker cannot use the transport that was asked for.
         """
-        usable = (*(ON_GPUS if device.type == "cuda" else ()), *ON_HOSTS[0 if AVAILABLE else 1 :])
+        on_gpus = ON_GPUS if num_ranks == 1 else RANKS_ON_GPUS
+        usable = (*(on_gpus if device.type == "cuda" else ()), *ON_HOSTS[0 if AVAILABLE else 1 :])
         if setting == "auto":
             return cls(names=usable, device=device)
         if setting not in usable:

@@ -1,11 +1,11 @@
-"""The threads of one epoch of a link: they join a sans-I/O link, a transport and the service.
+"""The threads of one epoch of a link: they join a sans-I/O link, its transports and the service.
 
 One lock rule: `pump.lock` guards the link. Every method here takes it; callbacks `post` run under it, so that
 messages leave in the order in which the link made them: `post` only appends to a queue. All other callbacks
 run without it, on the pump's thread or on the thread that called the pump, and may call the pump.
 
 Who owns a slab's bytes:
-- Sender: the pump's thread, from `gather` until the transport's wait returns; with slabs that both ends
+- Sender: the pump's thread, from `gather` until the send's wait returns; with slabs that both ends
   share, until the receiver's credit comes back.
 - Receiver: the pump's thread from the header until `deliver`; the engine thread until it calls
   `frame_scattered`, which it does exactly once per delivered frame; then nobody, and a credit goes out.
@@ -23,7 +23,7 @@ from typing import Any, Generic, Protocol, TypeVar
 
 from kvtransfer.errors import LinkViolation, TransportBroken
 from kvtransfer.states import LinkStatistics, TransferState
-from kvtransfer.transport import Transport
+from kvtransfer.transport import Carrier
 from runtime.limits import LINK_TIMEOUT_S
 
 log = logging.getLogger(__name__)
@@ -68,14 +68,14 @@ class Pump(ABC, Generic[ActionT]):
         self,
         name: str,
         link: Link[ActionT],
-        transport: Transport,
+        carrier: Carrier,
         on_failed: Callable[[str], None],
         enter: Callable[[], None],
     ) -> None:
         """`enter`: what the thread does first, as to turn to a GPU."""
         self.lock = threading.Condition(threading.Lock())
         self.link = link
-        self._transport = transport
+        self._carrier = carrier
         self._on_failed = on_failed
         self._enter = enter
         # Under the lock; set by the first failure or by `stop`.
@@ -84,7 +84,7 @@ class Pump(ABC, Generic[ActionT]):
 
     def start(self) -> None:
         """Begin to move frames and to watch the peer."""
-        self._transport.watch(self.fail)
+        self._carrier.watch(self.fail)
         self._thread.start()
 
     def stop(self, reason: str = "the link was closed") -> None:
@@ -136,7 +136,7 @@ class Pump(ABC, Generic[ActionT]):
             self.lock.notify_all()
         for action in failed:
             self._report(action)
-        self._transport.close()
+        self._carrier.close()
         return True
 
     def _guarded_run(self) -> None:

@@ -3,8 +3,6 @@
 import queue
 from collections.abc import Callable
 
-from torch import Tensor
-
 from kvtransfer.actions import (
     Deliver,
     IncomingFrame,
@@ -16,16 +14,16 @@ from kvtransfer.actions import (
 from kvtransfer.messages import ReceiverMessage, Reserved
 from kvtransfer.pump import Pump
 from kvtransfer.receiver import ReceiverLink
-from kvtransfer.transport import Transport
+from kvtransfer.transport import Carrier
 
-Deliverer = Callable[[IncomingFrame, Tensor], None]
+Deliverer = Callable[[IncomingFrame], None]
 
 
 class ReceiverPump(Pump[ReceiverAction]):
     """Moves the frames of one ReceiverLink into slabs.
 
-    `deliver(frame, payload)` hands a frame to the engine thread, which calls `may_scatter`, scatters if that
-    is True, and calls `frame_scattered` in any case.
+    `deliver(frame)` hands a frame, which lies in its slab, to the engine thread. That calls `may_scatter`,
+    scatters if it is True, and calls `frame_scattered` in any case.
     """
 
     link: ReceiverLink
@@ -33,7 +31,7 @@ class ReceiverPump(Pump[ReceiverAction]):
     def __init__(
         self,
         link: ReceiverLink,
-        transport: Transport,
+        carrier: Carrier,
         *,
         deliver: Deliverer,
         post: Callable[[ReceiverMessage], None],
@@ -41,7 +39,7 @@ class ReceiverPump(Pump[ReceiverAction]):
         on_failed: Callable[[str], None],
         enter: Callable[[], None] = lambda: None,
     ) -> None:
-        super().__init__("kv-receive", link, transport, on_failed, enter)
+        super().__init__("kv-receive", link, carrier, on_failed, enter)
         self._deliver = deliver
         self._post = post
         self._on_event = on_event
@@ -83,8 +81,7 @@ class ReceiverPump(Pump[ReceiverAction]):
 
     def _run(self) -> None:
         while (frame := self._announced.get()) is not None:
-            slab = self._transport.slabs[frame.slab]
-            self._transport.recv(slab[: frame.size_bytes])
+            self._carrier.recv(frame.header.group, frame.header.size_index, frame.slab)
             with self._acting() as actions:
                 actions += self.link.frame_received(frame)
 
@@ -100,7 +97,6 @@ class ReceiverPump(Pump[ReceiverAction]):
 
     def _report(self, action: ReceiverAction) -> None:
         if isinstance(action, Deliver):
-            slab = self._transport.slabs[action.frame.slab]
-            self._deliver(action.frame, slab[: action.frame.payload_bytes])
+            self._deliver(action.frame)
         elif not isinstance(action, Send | PostReceive):
             self._on_event(action)

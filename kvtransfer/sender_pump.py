@@ -3,24 +3,22 @@
 from collections import deque
 from collections.abc import Callable, Iterable
 
-from torch import Tensor
-
 from kvtransfer.actions import FrameToSend, Send, SenderAction, SenderEvent
 from kvtransfer.messages import FirstToken, SenderMessage
 from kvtransfer.plan import Rectangle
 from kvtransfer.pump import Pump
 from kvtransfer.sender import SenderLink
-from kvtransfer.transport import PendingSend, Transport
+from kvtransfer.transport import Carrier, PendingSend
 
-Gather = Callable[[FrameToSend, Tensor], int | None]
+Gather = Callable[[FrameToSend, int], int | None]
 
 
 class SenderPump(Pump[SenderAction]):
     """Moves the frames of one SenderLink.
 
-    `gather(frame, slab)` fills the slab's head with the frame's rectangle, on the pump's thread, and returns
-    the payload's checksum; None if the transfer's blocks are gone, which cancels it. `post` puts a message on
-    the control stream: thread-safe, never blocks, never calls back.
+    `gather(frame, slab)` fills the head of slab `slab` with the frame's rectangle, on the pump's thread, and
+    returns the payload's checksum; None if the transfer's blocks are gone, which cancels it. `post` puts a
+    message on the control stream: thread-safe, never blocks, never calls back.
     """
 
     link: SenderLink
@@ -28,7 +26,7 @@ class SenderPump(Pump[SenderAction]):
     def __init__(
         self,
         link: SenderLink,
-        transport: Transport,
+        carrier: Carrier,
         *,
         gather: Gather,
         post: Callable[[SenderMessage], None],
@@ -36,7 +34,7 @@ class SenderPump(Pump[SenderAction]):
         on_failed: Callable[[str], None],
         enter: Callable[[], None] = lambda: None,
     ) -> None:
-        super().__init__("kv-send", link, transport, on_failed, enter)
+        super().__init__("kv-send", link, carrier, on_failed, enter)
         self._gather = gather
         self._post = post
         self._on_event = on_event
@@ -70,7 +68,7 @@ class SenderPump(Pump[SenderAction]):
 
     def _next_frame(self) -> FrameToSend | None:
         """The next frame for a free slab; None if a send must be waited for first, or at the end."""
-        if len(self._on_wire) == len(self._transport.slabs):
+        if len(self._on_wire) == self._carrier.num_slabs:
             return None
         with self.lock:
             while not self._stopping:
@@ -81,7 +79,7 @@ class SenderPump(Pump[SenderAction]):
             return None
 
     def _send(self, frame: FrameToSend) -> None:
-        slab = self._transport.slabs[self._num_announced % len(self._transport.slabs)]
+        slab = self._num_announced % self._carrier.num_slabs
         checksum = self._gather(frame, slab)
         if checksum is None:
             self.cancel(frame.transfer_id, "the sender has freed its blocks")
@@ -90,7 +88,7 @@ class SenderPump(Pump[SenderAction]):
             header = self.link.frame_gathered(frame, checksum or 0)
             if header is None:
                 return
-            pending = self._transport.start_send(slab[: frame.size_bytes])
+            pending = self._carrier.start_send(frame.rectangle.group, frame.size_index, slab)
             self._post(header)
         self._num_announced += 1
         self._on_wire.append((frame, pending))

@@ -1,8 +1,8 @@
 """How bytes of one link move: in order, of sizes both sides know, each wait with a deadline.
 
-A transport joins exactly two peers and carries frames one way, in the order of `start_send`. It owns the
-slabs of its end; frame n lies in slab n modulo their number, and nowhere else. The receiver posts a receive
-of the same size for each frame, in the same order: no message carries its own length. After the first
+A transport joins exactly two processes and carries frames one way, in the order of `start_send`. It owns
+the slabs of its end; frame n lies in slab n modulo their number, and nowhere else. The receiver posts a
+receive of the same size for each frame, in the same order: no message carries its own length. After the first
 TransportBroken the transport is dead for good; a new epoch builds another one.
 """
 
@@ -56,6 +56,34 @@ class Transport(Protocol):
 
     def close(self) -> None:
         """Make every blocked call raise soon, here and at the peer. Idempotent."""
+        ...
+
+
+class Carrier(Protocol):
+    """All transports of one end of a link: a frame moves over one of them, or in stripes over several.
+
+    `start_send` and `recv` are called by one thread, `watch` and `close` by any; see Transport.
+    """
+
+    @property
+    def num_slabs(self) -> int:
+        """Frame n lies in slab n modulo this number, of each transport."""
+        ...
+
+    def watch(self, broken: Callable[[str], None]) -> None:
+        """See Transport; for whichever breaks first."""
+        ...
+
+    def start_send(self, group: int, size_index: int, slab: int) -> PendingSend:
+        """Begin to send the frame that was gathered into these slabs. Never blocks."""
+        ...
+
+    def recv(self, group: int, size_index: int, slab: int) -> None:
+        """Fill these slabs with the next frame. Blocks; raises TransportBroken after the timeout."""
+        ...
+
+    def close(self) -> None:
+        """See Transport."""
         ...
 
 

@@ -20,9 +20,7 @@ from typing import Protocol
 
 import grpc
 import grpc.aio
-from torch import Tensor
 
-from engine.parallel.errors import RankLost
 from kvtransfer import messages as m
 from kvtransfer.actions import (
     FrameToSend,
@@ -34,12 +32,12 @@ from kvtransfer.actions import (
 )
 from kvtransfer.errors import TransportBroken
 from kvtransfer.handshake import require_usable
+from kvtransfer.lanes import SENDER
 from kvtransfer.offers import Transports
 from kvtransfer.plan import MAX_SLAB_BYTES, rectangles
 from kvtransfer.sender import SenderLink, Unacknowledged
 from kvtransfer.sender_pump import SenderPump
 from kvtransfer.states import Tombstones
-from kvtransfer.transport import Transport
 from prefill_svc.export import Export
 from protos.tandem.v1 import common_pb2, kvlink_pb2, kvlink_pb2_grpc
 from runtime import faultpoints, rpc
@@ -51,9 +49,12 @@ from worker.attach import AttemptKey
 from worker.control_stream import ControlStream, Envelope
 from worker.devices import use_apart
 from worker.epoch import Failure, LinkCounts, drive
+from worker.lanes.link_lanes import LinkLanes
+from worker.lanes.open import open_lanes
+from worker.lanes.stripes import Piece
 from worker.link_messages import to_request
 from worker.main import WorkerParts
-from worker.transports import open_transport, usable_transports
+from worker.transports import usable_transports
 
 logger = logging.getLogger(__name__)
 
@@ -231,7 +232,7 @@ class PrefillLink:
 
     async def _serve(self, stream: ControlStream, repeated: tuple[Unacknowledged, ...]) -> None:
         welcome = await self._shake_hands(stream)
-        transport = await self._open(welcome, stream)
+        lanes = await self._open(welcome, stream)
         self._facts = self._parts.facts.with_groups(welcome.num_groups)
         link = SenderLink(facts=self._facts, welcome=welcome, clock=self._clock, ended=self._ended)
         for action in link.adopt(repeated):
@@ -239,8 +240,8 @@ class PrefillLink:
         failure = Failure()
         pump = SenderPump(
             link,
-            transport,
-            gather=self._gather,
+            lanes,
+            gather=partial(self._gather, lanes),
             post=_with_points(stream.post),
             on_event=lambda event: self._parts.bridge.on_loop(self._on_event, event),
             on_failed=failure.tell,
@@ -259,10 +260,10 @@ class PrefillLink:
             self._pump, self.transport = None, ""
             self._unacknowledged = link.take_unacknowledged()
 
-    async def _open(self, welcome: m.Welcome, stream: ControlStream) -> Transport:
-        device = self._transports.device
+    async def _open(self, welcome: m.Welcome, stream: ControlStream) -> LinkLanes:
+        peer_size = max(welcome.num_ranks, 1)
         try:
-            return await open_transport(welcome, 0, stream, self._parts.settings, device)
+            return await open_lanes(self._parts, welcome, stream, end=SENDER, peer_size=peer_size)
         except TransportBroken:
             self._failed.add(welcome.transport)
             raise
@@ -279,6 +280,7 @@ class PrefillLink:
                 facts=self._parts.facts,
                 transports=transports.names,
                 transport_proofs=proofs,
+                num_ranks=self._parts.engine.model.ranks.shard.size,
             )
             stream.post(hello)
             async with asyncio.timeout(LINK_TIMEOUT_S):
@@ -295,7 +297,7 @@ class PrefillLink:
         for export in [export for export in self._exports.values() if export.transfer_id not in repeated]:
             self._offer(pump, export)
 
-    def _gather(self, frame: FrameToSend, slab: Tensor) -> int | None:
+    def _gather(self, lanes: LinkLanes, frame: FrameToSend, slab: int) -> int | None:
         """On the pump's thread: copy the frame's blocks, which the engine keeps until `sent` or the end."""
         export = self._exports.get(frame.transfer_id)
         if export is None:
@@ -303,11 +305,15 @@ class PrefillLink:
         piece = frame.rectangle
         table = export.block_tables[piece.group]
         block_ids = table[piece.first_block : piece.first_block + piece.num_blocks]
-        pool = self._parts.engine.kv_cache.pool
-        try:
-            return pool.gather(piece.group, block_ids, piece.first_layer, piece.num_layers, slab)
-        except RankLost as error:
-            raise TransportBroken(str(error)) from error
+        return lanes.gather(
+            Piece(
+                group=piece.group,
+                block_ids=block_ids,
+                first_layer=piece.first_layer,
+                num_layers=piece.num_layers,
+            ),
+            slab,
+        )
 
     def _on_event(self, event: SenderEvent) -> None:
         export = self._exports.get(event.transfer_id)

@@ -137,7 +137,7 @@ def _load_engine(kind: common_pb2.WorkerRole, settings: WorkerSettings) -> tuple
         layer_stream_threshold=0 if decodes else _layer_stream_threshold(settings, names[0]),
         linked_memory_bytes=link_memory_bytes(settings, names[0]),
     )
-    ranks = start_ranks(path, config, names)
+    ranks = start_ranks(path, config, names, module="worker.lanes.follower")
     try:
         engine = Engine(config, load_model(path, config, ranks=ranks, progress=_Progress(path)))
     except BaseException:

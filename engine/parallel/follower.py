@@ -3,7 +3,9 @@
 It has no scheduler, no sampler and no opinion. It ends with rank 0: the end of either channel is the end of
 that process, and the reading thread notices it even while the other one computes.
 
-    python -m engine.parallel.follower COMMANDS_FD READS_FD
+KV links are served by what joins it from outside, on threads of its own: the engine knows nothing of them.
+
+    python -m engine.parallel.follower COMMANDS_FD LINKS_FD
 """
 
 import json
@@ -16,9 +18,9 @@ import threading
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Protocol
 
 import torch
-from torch import Tensor
 
 from engine.config import EngineConfig
 from engine.facts import KvGroupSpec
@@ -30,7 +32,7 @@ from engine.parallel.groups import Group, open_group
 from engine.parallel.layers import parallelize
 from engine.parallel.led_steps import FollowedSteps
 from engine.parallel.shard import Shard
-from engine.parallel.wire import Channel, Inputs, Message, Op, encode, raw
+from engine.parallel.wire import Channel, Inputs, Message, Op, encode
 from engine.step.spec import StepSpec
 from runtime import logs
 from runtime.errors import StartupError
@@ -74,19 +76,34 @@ class Start:
         )
 
 
+class LinkService(Protocol):
+    """What serves KV links on a rank other than 0."""
+
+    def begin(self, link: int, channel: Channel) -> None:
+        """Serve a link on threads of its own, until its channel ends."""
+        ...
+
+    def scatter(self, message: Message) -> bytes:
+        """Carry out SCATTER, on the thread that computes; the answer."""
+        ...
+
+
 class Follower:
     """One rank's shard of model and pool; `load` comes first."""
 
+    service: LinkService | None = None
+    """If there are KV links."""
+    device: torch.device
+    """Of weights and pool."""
     _start: Start
     _module: Llama
     _spec: KvGroupSpec
     _dtype: torch.dtype
-    _device: torch.device
     _group: Group
 
-    def __init__(self, commands: Channel, reads: Channel) -> None:
+    def __init__(self, commands: Channel, links: Channel) -> None:
         self._commands = commands
-        self._reads = reads
+        self._links = links
         self._pool: LocalKvPool | None = None
         self._steps: FollowedSteps | None = None
         self._handlers: dict[Op, Callable[[Message], None]] = {
@@ -106,12 +123,12 @@ class Follower:
         """Take the first message, load the shard it asks for, join the group; raises StartupError."""
         start = self._start = Start.from_json(self._commands.expect(Op.START).payload)
         shard = Shard(start.rank, start.size)
-        self._device = torch.device(start.device)
+        self.device = torch.device(start.device)
         self._module, facts = load_checkpoint(Path(start.path), start.engine_config(), shard=shard)
         self._spec = shard.kv_spec(facts.kv_groups[0])
         self._dtype = getattr(torch, facts.dtype)
         self._commands.send(encode(Op.READY))
-        self._group = open_group(Path(start.store), shard, self._device)
+        self._group = open_group(Path(start.store), shard, self.device)
         parallelize(self._module, shard, self._group, facts.vocab_size)
 
     @property
@@ -136,14 +153,13 @@ class Follower:
         """Leave the group."""
         self._group.close()
 
-    def answer_reads(self) -> None:
-        """Carry out gathers, on a thread of their own, until rank 0 ends."""
-        while (message := self._reads.receive()) is not None:
-            assert message.op is Op.GATHER, message.op
-            if self._device.type == "cuda":
-                torch.cuda.set_device(self._device)  # this thread's own choice, known once `load` is done
-            payload = self._gather(*message.lists)
-            self._reads.send(encode(Op.GATHERED, num_payload_bytes=len(payload)), raw(payload))
+    def take_links(self) -> None:
+        """Hand KV links to the service, on a thread of its own, until rank 0 ends."""
+        while (message := self._links.receive()) is not None:
+            [[link]] = message.lists
+            assert message.op is Op.LINK, message.op
+            assert self.service is not None
+            self.service.begin(link, Channel(self._links.receive_socket(), LEADER, None))
 
     def _allocate(self, message: Message) -> None:
         assert self._steps is None, "steps are recorded over the pool that stays"
@@ -153,7 +169,7 @@ class Follower:
             num_blocks=num_blocks,
             block_size=self._start.block_size,
             num_host_blocks=num_host_blocks,
-            device=self._device,
+            device=self.device,
         )
 
     def _record_steps(self, message: Message) -> None:
@@ -161,7 +177,7 @@ class Follower:
         self._steps = FollowedSteps(spec, self._module, self.pool.groups[0], self._group)
 
     def _forward(self, message: Message) -> None:
-        inputs = Inputs.of(message.arrays, self._start.block_size, self._device)
+        inputs = Inputs.of(message.arrays, self._start.block_size, self.device)
         self._module.forward(
             inputs.token_ids,
             inputs.positions,
@@ -172,7 +188,7 @@ class Follower:
         )
 
     def _logits(self, message: Message) -> None:
-        hidden = torch.empty(message.lists[0], dtype=self._dtype, device=self._device)
+        hidden = torch.empty(message.lists[0], dtype=self._dtype, device=self.device)
         self._group.broadcast(hidden)
         self._module.logits(hidden)
 
@@ -185,27 +201,20 @@ class Follower:
         self.pool.load(slots, [block_ids])
 
     def _scatter(self, message: Message) -> None:
-        block_ids, (first_layer, num_layers) = message.lists
-        slab = torch.frombuffer(message.payload, dtype=torch.uint8).to(self._device)
-        self.pool.scatter(0, block_ids, first_layer, num_layers, slab)
-
-    def _gather(self, block_ids: Sequence[int], layers: Sequence[int]) -> Tensor:
-        first_layer, num_layers = layers
-        group = self.pool.groups[0]
-        num_bytes = num_layers * len(block_ids) * group[0, :, 0].nbytes
-        slab = torch.empty(num_bytes, dtype=torch.uint8, device=self._device)
-        self.pool.gather(0, block_ids, first_layer, num_layers, slab)
-        return slab
+        assert self.service is not None
+        self._commands.send(self.service.scatter(message))
 
 
-def main(argv: Sequence[str]) -> int:
+def main(argv: Sequence[str], make_service: Callable[[Follower], LinkService] | None = None) -> int:
     """The process; returns its exit code."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)  # they are for rank 0, which drains first
     logs.setup("rank", "info", "auto")
-    commands, reads = (socket.socket(fileno=int(fd)) for fd in argv)
-    follower = Follower(Channel(commands, LEADER, None), Channel(reads, LEADER, None))
-    threading.Thread(target=_end_with_leader, args=(follower,), name="reads", daemon=True).start()
+    commands, links = (socket.socket(fileno=int(fd)) for fd in argv)
+    follower = Follower(Channel(commands, LEADER, None), Channel(links, LEADER, None))
+    if make_service is not None:
+        follower.service = make_service(follower)
+    threading.Thread(target=_end_with_leader, args=(follower,), name="links", daemon=True).start()
     try:
         follower.load()
         follower.run()
@@ -221,7 +230,7 @@ def main(argv: Sequence[str]) -> int:
 def _end_with_leader(follower: Follower) -> None:
     """Whatever the other thread is in the middle of, nobody wants it any more."""
     try:
-        follower.answer_reads()
+        follower.take_links()
     finally:
         os._exit(0)
 

@@ -1,7 +1,7 @@
 """Rank 0 of a tensor-parallel worker: it tells the other ranks each step what it does itself.
 
 Two channels lead to every follower. `commands` is the engine thread's: what writes, or computes, in one order
-everywhere. `reads` is for gathers, which come from the links' threads while the engine computes.
+everywhere. `links` hands over the ends of further channels, one for each KV link.
 
 A follower that ends is noticed by a thread that waits for its process, one that hangs by the deadline of the
 next collective operation or message. Either way the group is closed, so that nobody stays blocked in it, and
@@ -30,7 +30,7 @@ from engine.parallel.led_pool import LedKvPool
 from engine.parallel.led_steps import LedSteps
 from engine.parallel.member import Member
 from engine.parallel.shard import Shard
-from engine.parallel.wire import Inputs, Ints, Op, encode, raw
+from engine.parallel.wire import Channel, Inputs, Ints, Message, Op, encode, raw
 from engine.step.spec import StepSpec
 from engine.step.step_ranks import StepRanks
 from kernels.attention import AttentionBatch
@@ -76,10 +76,14 @@ class Leader:
         parallelize(module, self.shard, group, vocab_size)
         return LedModel(self, module, group)
 
-    def lead_pool(self, pool: LocalKvPool, num_kv_heads: int) -> KvPool:
+    def lead_pool(self, pool: LocalKvPool) -> KvPool:
         """See Ranks."""
         self.tell(Op.ALLOCATE, [pool.num_blocks, pool.num_host_blocks])
-        return LedKvPool(self, pool, num_kv_heads)
+        return LedKvPool(self, pool)
+
+    def connect(self, rank: int, link: int) -> Channel:
+        """See Ranks."""
+        return self.members[rank - 1].connect(link)
 
     def lead_steps(self, module: Decoder, spec: StepSpec) -> StepRanks:
         """See Ranks."""
@@ -93,12 +97,17 @@ class Leader:
             self._group.check()
 
     def tell(self, op: Op, *arrays: Sequence[int] | Ints, payload: Tensor | None = None) -> None:
-        """Send one message to every follower, in the order of the engine thread's calls."""
+        """See Ranks."""
         data = b"" if payload is None else raw(payload)
         message = encode(op, *arrays, num_payload_bytes=len(data))
         with self.leading():
             for member in self.members:
                 member.commands.send(message, data)
+
+    def answers(self, op: Op) -> list[Message]:
+        """See Ranks."""
+        with self.leading():
+            return [member.commands.expect(op) for member in self.members]
 
     @contextmanager
     def leading(self) -> Iterator[None]:

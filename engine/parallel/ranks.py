@@ -1,12 +1,13 @@
 """The ranks that compute one model together, as the engine on rank 0 sees them."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from engine.kv_pool import KvPool, LocalKvPool
 from engine.models.decoder import Decoder
 from engine.models.llama import Llama
 from engine.parallel.shard import Shard
+from engine.parallel.wire import Channel, Ints, Message, Op
 from engine.step.spec import StepSpec
 from engine.step.step_ranks import Alone, StepRanks
 
@@ -21,11 +22,20 @@ class Ranks(Protocol):
         """The whole model, of which `module` is this rank's shard."""
         ...
 
-    def lead_pool(self, pool: LocalKvPool, num_kv_heads: int) -> KvPool:
-        """The pool with all heads, of which `pool` holds this rank's.
+    def lead_pool(self, pool: LocalKvPool) -> KvPool:
+        """The pool with all heads, of which `pool` holds this rank's; groups behind the first are whole."""
+        ...
 
-        `num_kv_heads` are those of the first group; others are rank 0's alone.
-        """
+    def connect(self, rank: int, link: int) -> Channel:
+        """A channel to another rank for one KV link, which serves it until its end. Raises RankLost."""
+        ...
+
+    def tell(self, op: Op, *arrays: Sequence[int] | Ints) -> None:
+        """One message to every other rank, in the order of the engine thread's calls. Raises RankLost."""
+        ...
+
+    def answers(self, op: Op) -> list[Message]:
+        """What every other rank answers to the last message. Raises RankLost."""
         ...
 
     def lead_steps(self, module: Decoder, spec: StepSpec) -> StepRanks:
@@ -54,9 +64,20 @@ class OneRank:
         """As it is."""
         return module
 
-    def lead_pool(self, pool: LocalKvPool, num_kv_heads: int) -> KvPool:
+    def lead_pool(self, pool: LocalKvPool) -> KvPool:
         """As it is."""
         return pool
+
+    def connect(self, rank: int, link: int) -> Channel:
+        """There is nobody to connect to."""
+        raise AssertionError(f"rank {rank} of one")
+
+    def tell(self, op: Op, *arrays: Sequence[int] | Ints) -> None:
+        """There is nobody to tell."""
+
+    def answers(self, op: Op) -> list[Message]:
+        """There is nobody to answer."""
+        return []
 
     def lead_steps(self, module: Decoder, spec: StepSpec) -> StepRanks:
         """As they are."""

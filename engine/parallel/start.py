@@ -25,10 +25,13 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 """Where our packages lie: a checkout, or site-packages."""
 
 
-def start_ranks(path: Path, config: EngineConfig, devices: Sequence[str]) -> Ranks:
+def start_ranks(
+    path: Path, config: EngineConfig, devices: Sequence[str], module: str = "engine.parallel.follower"
+) -> Ranks:
     """One rank for each device, this process being the first.
 
-    `devices` are torch's names, "cpu" or "cuda:0"; the first is `config.device`. Raises StartupError or
+    `devices` are torch's names, "cpu" or "cuda:0"; the first is `config.device`. `module` is what the others
+    run: this package's own serves no KV links. Raises StartupError or
     CheckpointError before anything is started if the model cannot be shared among so many.
     """
     if len(devices) == 1:
@@ -36,7 +39,7 @@ def start_ranks(path: Path, config: EngineConfig, devices: Sequence[str]) -> Ran
     model_config, _ = read_config(path)
     require_divisible(model_config, len(devices))
     store = Path(tempfile.mkdtemp(prefix="tandem-ranks-")) / "store"
-    members = [_start(rank) for rank in range(1, len(devices))]
+    members = [_start(rank, module) for rank in range(1, len(devices))]
     for member, device in zip(members, devices[1:], strict=True):
         start = Start(
             rank=member.rank,
@@ -52,11 +55,11 @@ def start_ranks(path: Path, config: EngineConfig, devices: Sequence[str]) -> Ran
     return Leader(members, store, torch.device(devices[0]))
 
 
-def _start(rank: int) -> Member:
+def _start(rank: int, module: str) -> Member:
     pairs = [socket.socketpair() for _ in range(2)]
     fds = [theirs.fileno() for _, theirs in pairs]
     process = subprocess.Popen(
-        [sys.executable, "-P", "-m", "engine.parallel.follower", *map(str, fds)],
+        [sys.executable, "-P", "-m", module, *map(str, fds)],
         pass_fds=fds,
         stdin=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,
@@ -64,10 +67,10 @@ def _start(rank: int) -> Member:
     )
     for _, theirs in pairs:
         theirs.close()
-    (commands, _), (reads, _) = pairs
+    (commands, _), (links, _) = pairs
     peer = f"tensor-parallel rank {rank} (pid {process.pid})"
     return Member(
-        rank, Channel(commands, peer, RANK_TIMEOUT_S), Channel(reads, peer, RANK_TIMEOUT_S), process
+        rank, Channel(commands, peer, RANK_TIMEOUT_S), Channel(links, peer, RANK_TIMEOUT_S), process
     )
 
 

@@ -7,6 +7,7 @@ process closes its socket, which the other one notices at once.
 import socket
 import struct
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from enum import IntEnum, unique
 from itertools import accumulate, chain
@@ -50,18 +51,40 @@ class Op(IntEnum):
     """Blocks to the host [block ids, slots]."""
     LOAD = 8
     """Blocks from the host [slots, block ids]."""
-    SCATTER = 9
-    """This rank's heads to blocks [block ids, (first layer, layers); payload of gather_blocks]."""
-    GATHER = 10
-    """Answered by this rank's heads of blocks [block ids, (first layer, layers)]."""
-    GATHERED = 11
-    """The answer [; payload of gather_blocks]."""
-    RECORD_STEPS = 12
+    RECORD_STEPS = 9
     """Record steps over the pool, while all ranks do [`StepSpec.arrays`]."""
-    STEP = 13
+    STEP = 10
     """Run one [(requests, width); payload of `StepInputs.fill`]."""
-    CHANGE_TABLES = 14
+    CHANGE_TABLES = 11
     """Change block tables of the steps [; payload of `StepInputs.fill`]."""
+    SCATTER = 12
+    """A frame's stripes to blocks [(link, slab, first layer, layers), block ids]. Answered by SCATTERED."""
+    SCATTERED = 13
+    """The stripes' [lanes, checksums]; empty if the link has ended."""
+    LINK = 14
+    """Serve a KV link [(number)]; its channel's end follows, over which all that comes behind goes."""
+    OPEN = 15
+    """Open a lane [an `Opening` as JSON]. Answered by OPENED, perhaps behind EXCHANGEs."""
+    EXCHANGE = 16
+    """Swap a message with the lane's other end [; the message]. Answered by EXCHANGE."""
+    OPENED = 17
+    """The lane is open."""
+    GATHER = 18
+    """Blocks to slabs [(slab, first layer, layers), block ids]. Answered by GATHERED."""
+    GATHERED = 19
+    """The stripes' [lanes, checksums]."""
+    SEND = 20
+    """Begin to send what was gathered [(slab, size index)]."""
+    WAIT = 21
+    """Wait until the oldest send has left. Answered by SENT."""
+    SENT = 22
+    """It has."""
+    RECV = 23
+    """Receive into slabs [(slab, size index)]. Answered by RECEIVED."""
+    RECEIVED = 24
+    """The slabs are filled."""
+    FAILED = 25
+    """The link's lanes on this rank are closed [; why, as text]."""
 
 
 @dataclass(frozen=True)
@@ -125,6 +148,25 @@ class Channel:
             raise RankLost(f"{self._peer} has ended")
         assert message.op is op, message.op
         return message
+
+    def send_socket(self, end: socket.socket) -> None:
+        """Hand a socket to the other process, behind the messages so far."""
+        try:
+            socket.send_fds(self._socket, [b"\0"], [end.fileno()])
+        except OSError as error:
+            raise RankLost(f"{self._peer} does not listen ({error})") from error
+
+    def receive_socket(self) -> socket.socket:
+        """What `send_socket` sent. RankLost if the peer is gone."""
+        _, fds, _, _ = socket.recv_fds(self._socket, 1, 1)
+        if not fds:
+            raise RankLost(f"{self._peer} has ended")
+        return socket.socket(fileno=fds[0])
+
+    def shut(self) -> None:
+        """Both ends see the end of the stream; for any thread, while another one receives."""
+        with suppress(OSError):
+            self._socket.shutdown(socket.SHUT_RDWR)
 
     def set_timeout(self, timeout_s: float | None) -> None:
         """Change how long a silence may last."""

@@ -66,8 +66,6 @@ class MappedTransport:
         self.slabs = memory.slabs
         self._memory = memory
         self._poll = poll
-        # Frames sent, or received, by the one thread that does so.
-        self._num_frames = 0
 
     @classmethod
     def open(
@@ -95,24 +93,21 @@ class MappedTransport:
 
     def start_send(self, view: Tensor) -> "_Written":
         """See Transport."""
-        self._memory.written(self._next_slab(view))
+        self._memory.written(self._slab_of(view))
         return _WRITTEN
 
     def recv(self, view: Tensor) -> None:
         """See Transport."""
-        slab = self._next_slab(view)
+        slab = self._slab_of(view)
         self._poll.until(lambda: self._memory.readable(slab))
 
     def close(self) -> None:
         """See Transport: at the peer, the control stream's end does the same."""
         self._poll.close()
 
-    def _next_slab(self, view: Tensor) -> int:
+    def _slab_of(self, view: Tensor) -> int:
         self._poll.require_open()
-        number = self._num_frames % len(self.slabs)
-        assert view.data_ptr() == self.slabs[number].data_ptr(), "frames take the slabs in turn"
-        self._num_frames += 1
-        return number
+        return [slab.data_ptr() for slab in self.slabs].index(view.data_ptr())
 
 
 class _Written:

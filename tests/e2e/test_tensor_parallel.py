@@ -27,7 +27,7 @@ def followers(up: Up, role: str) -> dict[str, list[psutil.Process]]:
         worker["id"]: [
             child
             for child in psutil.Process(worker["pid"]).children()
-            if "engine.parallel.follower" in child.cmdline()
+            if "worker.lanes.follower" in child.cmdline()
         ]
         for worker in up.workers(role)
     }

@@ -81,16 +81,36 @@ class Events:
         self.wait(lambda e: len(e.ids(TransferCommitted) + e.ids(TransferFailed)) >= count)
 
 
+class Whole:
+    """A carrier over one transport, with frames that are not cut."""
+
+    def __init__(self, transport):
+        self.transport = transport
+        self.num_slabs = len(transport.slabs)
+        self.watch = transport.watch
+        self.close = transport.close
+
+    def start_send(self, group, size_index, slab):
+        return self.transport.start_send(self._view(size_index, slab))
+
+    def recv(self, group, size_index, slab):
+        self.transport.recv(self._view(size_index, slab))
+
+    def _view(self, size_index, slab):
+        return self.transport.slabs[slab][: WELCOME.frame_sizes[size_index]]
+
+
 class SenderService:
     """A prefill worker's part; `post` puts messages on the way to the receiver."""
 
     def __init__(self, transport, post, num_blocks=64):
         self.pool = make_pool(num_blocks).to(transport.slabs[0].device)
+        self.slabs = transport.slabs
         self.tables = {}
         self.events = Events()
         self.pump = SenderPump(
             SenderLink(facts=FACTS, welcome=WELCOME, clock=SystemClock()),
-            transport,
+            Whole(transport),
             gather=self.gather,
             post=post,
             on_event=self.events.add,
@@ -103,6 +123,7 @@ class SenderService:
             return None
         r = frame.rectangle
         blocks = table[r.first_block : r.first_block + r.num_blocks]
+        slab = self.slabs[slab]
         return unsigned(gather_blocks_summed(self.pool, blocks, r.first_layer, r.num_layers, slab)[1])
 
     def transfer(self, transfer_id, blocks):
@@ -122,14 +143,15 @@ class ReceiverService:
 
     def __init__(self, transport, post, num_blocks=64, slow_s=0.0):
         self.pool = make_pool(num_blocks, fill=-1.0).to(transport.slabs[0].device)
+        self.slabs = transport.slabs
         self.tables = {}
         self.events = Events()
         self.slow_s = slow_s
         self.inbox = queue.SimpleQueue()
         self.pump = ReceiverPump(
             ReceiverLink(facts=FACTS, welcome=WELCOME, clock=SystemClock()),
-            transport,
-            deliver=lambda frame, payload: self.inbox.put((frame, payload)),
+            Whole(transport),
+            deliver=self.inbox.put,
             post=post,
             on_event=self.events.add,
             on_failed=self.events.failed,
@@ -138,14 +160,14 @@ class ReceiverService:
         self.engine.start()
 
     def run_engine(self):
-        while (item := self.inbox.get()) is not None:
-            frame, payload = item
+        while (frame := self.inbox.get()) is not None:
             time.sleep(self.slow_s)
             checksum = None
             if self.pump.may_scatter(frame):
                 r = frame.rectangle
                 blocks = self.tables[frame.transfer_id][r.first_block : r.first_block + r.num_blocks]
-                _, total = scatter_blocks_summed(self.pool, blocks, r.first_layer, r.num_layers, payload)
+                slab = self.slabs[frame.slab]
+                _, total = scatter_blocks_summed(self.pool, blocks, r.first_layer, r.num_layers, slab)
                 checksum = unsigned(total)
             self.pump.frame_scattered(frame, checksum)
 

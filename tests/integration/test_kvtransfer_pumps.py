@@ -155,7 +155,7 @@ def test_cancelled_transfers_leave_the_others_alone(pair):
 )
 def test_damaged_frames_fail_their_transfer_and_the_link_goes_on(pair, fault):
     link = pair(faults={1: fault})
-    link.receiver.pump._transport.slabs[0].fill_(9)
+    link.receiver.slabs[0].fill_(9)
     for number in range(2):
         link.receiver.reserve(bytes([number]), blocks_for(number))
         link.sender.transfer(bytes([number]), blocks_for(number))

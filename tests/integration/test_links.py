@@ -16,6 +16,7 @@ from decode_svc.links import DecodeLinks
 from decode_svc.receiving import Receiving
 from engine.facts import KvGroupSpec
 from engine.kv_pool import LocalKvPool
+from engine.parallel.ranks import ONE_RANK
 from kvtransfer.errors import TransportBroken
 from kvtransfer.layout import KvFacts, KvGroup
 from kvtransfer.messages import Commit, FirstToken
@@ -76,6 +77,7 @@ class FakeEngine:
         )
         pool.groups[0].normal_()
         self.kv_cache = SimpleNamespace(pool=pool, groups=pool.groups, tables=tables)
+        self.model = SimpleNamespace(ranks=ONE_RANK)
 
     def enter(self, request: Any) -> None:
         request.rank = 0

@@ -78,7 +78,7 @@ class KvFacts(_message.Message):
     def __init__(self, protocol_major: _Optional[int] = ..., model_hash: _Optional[str] = ..., tokenizer_hash: _Optional[str] = ..., block_size: _Optional[int] = ..., max_model_len: _Optional[int] = ..., rope: _Optional[str] = ..., groups: _Optional[_Iterable[_Union[KvGroup, _Mapping]]] = ...) -> None: ...
 
 class Hello(_message.Message):
-    __slots__ = ("sender", "receiver_boot_id", "stage", "sender_rank", "receiver_rank", "facts", "transports", "transport_proofs")
+    __slots__ = ("sender", "receiver_boot_id", "stage", "sender_rank", "receiver_rank", "facts", "transports", "transport_proofs", "num_ranks")
     SENDER_FIELD_NUMBER: _ClassVar[int]
     RECEIVER_BOOT_ID_FIELD_NUMBER: _ClassVar[int]
     STAGE_FIELD_NUMBER: _ClassVar[int]
@@ -87,6 +87,7 @@ class Hello(_message.Message):
     FACTS_FIELD_NUMBER: _ClassVar[int]
     TRANSPORTS_FIELD_NUMBER: _ClassVar[int]
     TRANSPORT_PROOFS_FIELD_NUMBER: _ClassVar[int]
+    NUM_RANKS_FIELD_NUMBER: _ClassVar[int]
     sender: _common_pb2.WorkerIdentity
     receiver_boot_id: str
     stage: int
@@ -95,21 +96,24 @@ class Hello(_message.Message):
     facts: KvFacts
     transports: _containers.RepeatedScalarFieldContainer[str]
     transport_proofs: _containers.RepeatedScalarFieldContainer[bytes]
-    def __init__(self, sender: _Optional[_Union[_common_pb2.WorkerIdentity, _Mapping]] = ..., receiver_boot_id: _Optional[str] = ..., stage: _Optional[int] = ..., sender_rank: _Optional[int] = ..., receiver_rank: _Optional[int] = ..., facts: _Optional[_Union[KvFacts, _Mapping]] = ..., transports: _Optional[_Iterable[str]] = ..., transport_proofs: _Optional[_Iterable[bytes]] = ...) -> None: ...
+    num_ranks: int
+    def __init__(self, sender: _Optional[_Union[_common_pb2.WorkerIdentity, _Mapping]] = ..., receiver_boot_id: _Optional[str] = ..., stage: _Optional[int] = ..., sender_rank: _Optional[int] = ..., receiver_rank: _Optional[int] = ..., facts: _Optional[_Union[KvFacts, _Mapping]] = ..., transports: _Optional[_Iterable[str]] = ..., transport_proofs: _Optional[_Iterable[bytes]] = ..., num_ranks: _Optional[int] = ...) -> None: ...
 
 class Welcome(_message.Message):
-    __slots__ = ("epoch", "transport", "frame_sizes", "num_slabs", "num_groups")
+    __slots__ = ("epoch", "transport", "frame_sizes", "num_slabs", "num_groups", "num_ranks")
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     TRANSPORT_FIELD_NUMBER: _ClassVar[int]
     FRAME_SIZES_FIELD_NUMBER: _ClassVar[int]
     NUM_SLABS_FIELD_NUMBER: _ClassVar[int]
     NUM_GROUPS_FIELD_NUMBER: _ClassVar[int]
+    NUM_RANKS_FIELD_NUMBER: _ClassVar[int]
     epoch: int
     transport: str
     frame_sizes: _containers.RepeatedScalarFieldContainer[int]
     num_slabs: int
     num_groups: int
-    def __init__(self, epoch: _Optional[int] = ..., transport: _Optional[str] = ..., frame_sizes: _Optional[_Iterable[int]] = ..., num_slabs: _Optional[int] = ..., num_groups: _Optional[int] = ...) -> None: ...
+    num_ranks: int
+    def __init__(self, epoch: _Optional[int] = ..., transport: _Optional[str] = ..., frame_sizes: _Optional[_Iterable[int]] = ..., num_slabs: _Optional[int] = ..., num_groups: _Optional[int] = ..., num_ranks: _Optional[int] = ...) -> None: ...
 
 class Rendezvous(_message.Message):
     __slots__ = ("blob",)

@@ -1,32 +1,22 @@
-"""Reservations in order, scatters only into live transfers; with a fake engine and real tensors."""
+"""Reservations in order, targets only of live transfers; with a fake engine."""
 
 from types import SimpleNamespace
 
 import pytest
-import torch
 
 from decode_svc.receiving import Receiving
-from kernels import ops
-from kernels.summed_copies import unsigned
 from kvtransfer.plan import Rectangle
 from runtime.errors import InvalidRequest
-
-SHAPE = (2, 2, 8, 4, 1, 2)  # layers, sides, blocks, block size, heads, head_dim
+from worker.lanes.stripes import Piece
 
 
 class FakeEngine:
-    """A pool of 8 blocks; a request holds as many as its `size`."""
+    """8 blocks; a request holds as many as its `size`."""
 
     def __init__(self) -> None:
-        self.tensor = torch.zeros(SHAPE)
-        self.kv_cache = SimpleNamespace(pool=self)
         self.free = list(range(8))
         self.held: dict[str, object] = {}
         self.arrivals = 0
-
-    def scatter(self, group: int, *arguments: object) -> int:
-        assert group == 0
-        return unsigned(ops.scatter_blocks_summed(self.tensor, *arguments)[1])
 
     def enter(self, request: SimpleNamespace) -> None:
         self.arrivals += 1
@@ -92,22 +82,13 @@ def test_the_policy_says_who_is_next(parts) -> None:
         receiving.drop(engine, expected.encode())
 
 
-def test_a_frame_lands_in_its_blocks_and_nowhere_after_the_end(parts) -> None:
+def test_a_frame_is_for_its_own_blocks_and_for_none_after_the_end(parts) -> None:
     engine, receiving, _ = parts
-    source = torch.randn(SHAPE)
-    slab = torch.empty(source.nbytes, dtype=torch.uint8)
-    num_bytes = ops.gather_blocks(source, [5, 6], 0, 2, slab)
     receiving.want(engine, b"a", request("a", 3))
     receiving.reserve_waiting(engine)
-    checksum = receiving.scatter(engine, b"a", Rectangle(0, 1, 2, 0, 2), slab)
-    assert checksum == ops.checksum(slab[:num_bytes])
-    pool = engine.tensor
-    assert torch.equal(pool[:, :, 1:3], source[:, :, 5:7])
-    assert not pool[:, :, 0].any()
-    assert not pool[:, :, 3:].any()
+    found = receiving.target(b"a", Rectangle(0, 1, 2, 4, 5))
+    assert found == Piece(group=0, block_ids=[1, 2], first_layer=4, num_layers=5)
     receiving.drop(engine, b"a")
-    before = pool.clone()
-    assert receiving.scatter(engine, b"a", Rectangle(0, 0, 2, 0, 2), slab) is None
-    assert torch.equal(pool, before)
+    assert receiving.target(b"a", Rectangle(0, 0, 2, 0, 2)) is None
     assert receiving.take(b"a") is None
     assert sorted(engine.free) == list(range(8))

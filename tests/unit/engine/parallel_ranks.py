@@ -30,14 +30,15 @@ def _follow(follower, ends):
         end.close()
 
 
-def follower_thread(rank, size, path, config, store):
-    """A follower on a thread of its own, as its leader knows it; and what to join."""
+def follower_thread(rank, size, path, config, store, make_service):
+    """A follower on a thread of its own: as its leader knows it, itself, and what to join."""
     pairs = [socket.socketpair() for _ in range(2)]
-    (commands, reads), ends = zip(*pairs, strict=True)
+    (commands, links), ends = zip(*pairs, strict=True)
     follower = Follower(*(Channel(end, "rank 0", None) for end in ends))
+    follower.service = make_service(follower)
     threads = [
         threading.Thread(target=_follow, args=(follower, ends)),
-        threading.Thread(target=follower.answer_reads),
+        threading.Thread(target=follower.take_links),
     ]
     for thread in threads:
         thread.start()
@@ -51,25 +52,28 @@ def follower_thread(rank, size, path, config, store):
         block_size=config.block_size,
         max_model_len=config.max_model_len,
     ).to_json()
-    member = Member(rank, *(Channel(end, f"rank {rank}", TIMEOUT_S) for end in (commands, reads)))
+    member = Member(rank, *(Channel(end, f"rank {rank}", TIMEOUT_S) for end in (commands, links)))
     member.commands.send(encode(Op.START, num_payload_bytes=len(start)), start)
-    return member, threads
+    return member, follower, threads
 
 
 @contextmanager
-def ranks_in_threads(path: Path, config, size: int, folder: Path):
-    """A Leader of `size` ranks."""
+def ranks_in_threads(path: Path, config, size: int, folder: Path, make_service):
+    """A Leader of `size` ranks, with its `followers`."""
     folder.mkdir()
     interval = sys.getswitchinterval()
     sys.setswitchinterval(1e-4)  # ranks wait for each other all the time
-    made = [follower_thread(rank, size, path, config, folder / "store") for rank in range(1, size)]
-    leader = Leader([member for member, _ in made], folder / "store", torch.device("cpu"))
+    made = [
+        follower_thread(rank, size, path, config, folder / "store", make_service) for rank in range(1, size)
+    ]
+    leader = Leader([member for member, _, _ in made], folder / "store", torch.device("cpu"))
+    leader.followers = [follower for _, follower, _ in made]
     try:
         yield leader
     finally:
         leader.close()
         sys.setswitchinterval(interval)
-        for _, threads in made:
+        for _, _, threads in made:
             for thread in threads:
                 thread.join(TIMEOUT_S)
                 assert not thread.is_alive()
@@ -92,7 +96,7 @@ def on_ranks(size: int, store: Path, run):
 
 
 @contextmanager
-def parallel_model(path: Path, config, size: int, folder: Path):
+def parallel_model(path: Path, config, size: int, folder: Path, make_service=lambda follower: None):
     """A checkpoint, loaded by so many ranks."""
-    with ranks_in_threads(path, config, size, folder) as ranks:
+    with ranks_in_threads(path, config, size, folder, make_service) as ranks:
         yield load_model(path, config, ranks=ranks)

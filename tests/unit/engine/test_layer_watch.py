@@ -23,8 +23,9 @@ def path(make_checkpoint):
 class Reader:
     """Copies what it is told of, as a link would, and compares it with what lies there at the end."""
 
-    def __init__(self, engine):
+    def __init__(self, engine, followers=()):
         self._engine = engine
+        self._followers = followers
         self.told = []
         self._seen = []
         engine.model.watch.listen(self)
@@ -36,13 +37,10 @@ class Reader:
             self._seen.append((request, item.context_len, num_layers, self._read(request, num_layers)))
 
     def _read(self, request, num_layers):
-        """The request's leading layers as they would travel: [num_layers, 2, slots, ...]."""
-        pool, table = self._engine.kv_cache.pool, request.block_tables[0]
-        spec = self._engine.facts.kv_groups[0]
-        shape = (num_layers, 2, len(table) * 4, spec.num_kv_heads, spec.head_dim)
-        payload = torch.empty(shape)
-        pool.gather(0, table, 0, num_layers, payload.view(-1).view(torch.uint8))
-        return payload
+        """The request's leading layers as they would travel: [num_layers, 2, slots, heads, head_dim]."""
+        table = request.block_tables[0]
+        pools = [self._engine.kv_cache.pool, *(follower.pool for follower in self._followers)]
+        return torch.cat([pool.groups[0][:num_layers, :, table].flatten(2, 3) for pool in pools], dim=-2)
 
     def check(self):
         """To be called while the requests are held."""
@@ -60,11 +58,11 @@ def run_held(engine, *requests):
         engine.check()
 
 
-def watched_run(model, make_request):
+def watched_run(model, make_request, followers=()):
     engine = Engine(CONFIG, model)
     for group in engine.kv_cache.groups:
         group.fill_(torch.nan)
-    reader = Reader(engine)
+    reader = Reader(engine, followers)
     run_held(engine, *(make_request(length, prefill_only=True) for length in (5, 30)))
     reader.check()
     return reader.told
@@ -92,7 +90,7 @@ def test_chunks_of_a_length_are_told_of_by_layers(path, make_request):
 
 def test_with_several_ranks_all_have_written(path, make_request, tmp_path):
     with parallel_model(path, CONFIG, 2, tmp_path / "ranks") as model:
-        told = watched_run(model, make_request)
+        told = watched_run(model, make_request, model.ranks.followers)
     assert len(told) == 2 * len(group_ends(NUM_LAYERS))
 
 

@@ -21,7 +21,6 @@ from engine.parallel.shard import Shard, require_divisible
 from engine.parallel.slices import cut
 from engine.parallel.wire import Op
 from engine.safetensors_dir import TensorReader
-from kernels import ops
 from kernels.attention import AttentionBatch
 from runtime.errors import StartupError
 from tests.unit.engine.parallel_ranks import on_ranks, parallel_model
@@ -136,34 +135,6 @@ def test_copies_and_swaps_reach_every_rank(checkpoint, make_request, tmp_path):
         model.ranks.tell = lambda op, *arrays: (told.add(op), tell(op, *arrays))
         assert outcome(model) == expected
     assert {Op.COPY, Op.STORE, Op.LOAD} <= told
-
-
-@pytest.mark.parametrize(("sender", "receiver"), [(1, 2), (2, 1), (2, 4), (4, 2)])
-def test_kv_travels_between_workers_of_any_size(checkpoint, tmp_path, make_request, sender, receiver):
-    """The slabs have all heads, in the layout of one rank."""
-    alone = make_request(18, max_tokens=8)
-    (expected,) = run(Engine(CONFIG, load_model(checkpoint, CONFIG)), [alone])
-    with (
-        parallel_model(checkpoint, CONFIG, sender, tmp_path / "sender") as ours,
-        parallel_model(checkpoint, CONFIG, receiver, tmp_path / "receiver") as theirs,
-    ):
-        prefill, decode = Engine(CONFIG, ours), Engine(CONFIG, theirs)
-        source = make_request(18, max_tokens=8, prefill_only=True)
-        prefill.submit(source)
-        (first,) = prefill.step().outputs
-        target = make_request(18, max_tokens=8)
-        assert decode.reserve(target)
-        slab = torch.empty(1 << 16, dtype=torch.uint8)
-        for layer in range(2):
-            for block in range(5):
-                ids = [source.block_tables[0][block]], [target.block_tables[0][block]]
-                checksum = prefill.kv_cache.pool.gather(0, ids[0], layer, 1, slab)
-                assert checksum == ops.checksum(slab[: 2 * 4 * 2 * 8 * 4])
-                assert decode.kv_cache.pool.scatter(0, ids[1], layer, 1, slab) == checksum
-        decode.commit(target, first.token_ids[0], None)
-        while decode.has_work():
-            decode.step()
-    assert target.output_token_ids == expected
 
 
 def test_every_rank_reads_its_slices_alone(make_checkpoint, monkeypatch):

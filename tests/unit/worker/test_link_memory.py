@@ -18,7 +18,7 @@ ON_GPU = NUM_COUNTED_LINKS * NUM_SLABS * MAX_SLAB_BYTES["nccl"]
         ("cuda_ipc", 1, "cuda:0", ON_GPU),
         ("gloo", 1, "cuda:0", 0),
         ("shm", 1, "cuda:0", 0),
-        ("auto", 2, "cuda:0", 0),
+        ("auto", 2, "cuda:0", ON_GPU),
         ("auto", 1, "cpu", 0),
     ],
 )
