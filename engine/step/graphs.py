@@ -6,7 +6,7 @@
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Protocol, TypeVar
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -18,8 +18,6 @@ from engine.step.row_order import RowOrder
 from engine.step.shapes import StepShape, StepShapes
 from engine.step.step_ranks import Alone, StepRanks
 
-T = TypeVar("T")
-
 NUM_WARM_UPS = 2
 """Runs before a capture: the first compiles kernels and lets libraries allocate."""
 
@@ -27,7 +25,7 @@ NUM_WARM_UPS = 2
 class Recorder(Protocol):
     """Makes a function that does again what `run` does, over the same tensors."""
 
-    def record(self, run: Callable[[], T]) -> Callable[[], T]:
+    def record(self, run: Callable[[], StepLogits]) -> Callable[[], StepLogits]:
         """The function returns the same tensors every time, with new content."""
         ...
 
@@ -35,7 +33,7 @@ class Recorder(Protocol):
 class Uncaptured:
     """Runs it again; any device."""
 
-    def record(self, run: Callable[[], T]) -> Callable[[], T]:
+    def record(self, run: Callable[[], StepLogits]) -> Callable[[], StepLogits]:
         """See Recorder."""
         return run
 
@@ -47,7 +45,7 @@ class CudaGraphs:
         self._stream = torch.cuda.Stream(device)
         self._pool = torch.cuda.graph_pool_handle()
 
-    def record(self, run: Callable[[], T]) -> Callable[[], T]:
+    def record(self, run: Callable[[], StepLogits]) -> Callable[[], StepLogits]:
         """See Recorder; the graph is replayed on the current stream."""
         self._stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self._stream):
@@ -57,9 +55,10 @@ class CudaGraphs:
         graph = torch.cuda.CUDAGraph()
         # Other threads may look at events meanwhile; that is an error in the default mode.
         with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
-            result = run()
+            made = run()
+        result = StepLogits(*map(lent, made))
 
-        def replay() -> T:
+        def replay() -> StepLogits:
             graph.replay()
             return result
 
@@ -69,6 +68,17 @@ class CudaGraphs:
 def recorder_for(device: torch.device, *, captured: bool) -> Recorder:
     """A new one."""
     return CudaGraphs(device) if captured else Uncaptured()
+
+
+def lent(tensor: Tensor) -> Tensor:
+    """The same memory, which this tensor does not keep: when `tensor` is gone, another graph of its pool may
+    have it. A graph writes there whenever it is replayed, whoever else does in between.
+
+    torch's own graphs (torch._inductor.cudagraph_trees) make such tensors by the same call.
+    """
+    memory = tensor.untyped_storage()
+    place = torch._C._construct_storage_from_data_pointer(memory.data_ptr(), tensor.device, memory.nbytes())
+    return tensor.new_empty(0).set_(place, tensor.storage_offset(), tensor.shape, tensor.stride())
 
 
 class StepGraphs:

@@ -12,6 +12,7 @@ import torch
 from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_flatten
 
+from engine.step import graphs
 from kernels import ops, triton_attention, triton_launch
 from tests.fakes.gpu import DEVICE, Device, DeviceTensor, IllegalInCapture, device_guard
 
@@ -180,6 +181,7 @@ def gpu():
         stack.enter_context(mock.patch.multiple(ops, **operators_of_a_gpu()))
         stack.enter_context(mock.patch.multiple(torch.cuda, **FUNCTIONS))
         stack.enter_context(mock.patch.object(torch._C, "_host_emptyCache", create=True))
+        stack.enter_context(mock.patch.object(graphs, "lent", lambda tensor: tensor))
         stack.enter_context(mock.patch.object(triton_launch.Launch, "run", run_launch))
         for name in ("tensor", "as_tensor"):
             stack.enter_context(mock.patch.object(torch, name, _to_device(getattr(torch, name))))

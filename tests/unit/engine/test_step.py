@@ -1,9 +1,11 @@
 """Decode steps over persistent buffers: padded, captured, replayed."""
 
 import random
+import weakref
 from collections import Counter
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
@@ -16,7 +18,7 @@ from engine.loader import load_model
 from engine.request import Request, SamplingParams
 from engine.step.decode_step import DecodeStep, DrawingStep
 from engine.step.factory import step_shapes, steps_with
-from engine.step.graphs import StepGraphs, Uncaptured
+from engine.step.graphs import StepGraphs, Uncaptured, lent
 from engine.step.inputs import StepInputs
 from engine.step.shapes import MAX_STEP_ROWS, StepShape, StepShapes, usual_sizes, widths
 from tests.unit.engine.step_tapes import Reruns, Tape, operators_of_a_gpu
@@ -162,6 +164,18 @@ def test_a_layer_is_at_most_ten_kernels(tiny_model, drafted_model, width):
     assert {"rope_store_kernel", "decode_kernel", "combine_kernel", "silu_mul_kernel"} <= layer.keys()
     assert layer["rms_norm_kernel"] == 2
     assert layer.total() <= 10
+
+
+def test_a_lent_tensor_does_not_keep_its_memory():
+    """Or each captured step would keep its results, and all of them together more than the largest step."""
+    array = np.arange(24, dtype=np.float32).reshape(4, 6)
+    tensor, memory = torch.from_numpy(array)[1:, ::2], weakref.ref(array)
+    borrowed = lent(tensor)
+    assert torch.equal(borrowed, tensor)
+    tensor += 1
+    assert torch.equal(borrowed, tensor)
+    del array, tensor
+    assert memory() is None
 
 
 def with_graphs(engine):
