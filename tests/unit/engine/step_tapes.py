@@ -1,5 +1,6 @@
 """Stand-ins for CUDA graphs on a CPU."""
 
+import threading
 from contextlib import contextmanager
 from unittest import mock
 
@@ -33,8 +34,9 @@ NO_KERNEL = (
 
 @contextmanager
 def operators_of_a_gpu():
-    """Triton's operators, in its interpreter, in the places of a CPU's."""
-    with mock.patch.multiple(ops, **{name: getattr(module, name) for module, name in TRITON}):
+    """Triton's operators, in its interpreter, in the places of a CPU's; tapes hold their launches."""
+    operators = {name: getattr(module, name) for module, name in TRITON}
+    with mock.patch.multiple(ops, **operators), mock.patch.object(triton_launch.Launch, "run", _launch):
         yield
 
 
@@ -57,7 +59,12 @@ class Reruns:
 
 
 class Tape(TorchDispatchMode):
-    """What a CUDA graph holds: operations and launches with the very tensors of their capture, no Python."""
+    """What a CUDA graph holds: operations and launches with the very tensors of their capture, no Python.
+
+    It records what its own thread does, between `operators_of_a_gpu`.
+    """
+
+    recording = threading.local()
 
     def __init__(self):
         super().__init__()
@@ -71,15 +78,18 @@ class Tape(TorchDispatchMode):
             self.played.append((name, lambda: _again(func, args, kwargs or {}, result)))
         return result
 
-    def launch(self, launch):
-        """Stands in for `Launch.run`: Triton's interpreter must not see this mode."""
+    def play(self, name, run):
+        """Run now and in every replay what no operation of torch is, nor made of them: they are not seen."""
         with torch.utils._python_dispatch._disable_current_modes():
-            _run(launch)
-        self.played.append((launch.kernel.fn.__name__, lambda: _run(launch)))
+            result = run()
+        self.played.append((name, lambda: _into(result, run())))
+        return result
 
     def record(self, run):
-        with mock.patch.object(triton_launch.Launch, "run", lambda launch: self.launch(launch)), self:
+        self.recording.tape = self
+        with self:
             result = run()
+        del self.recording.tape
         played, self.played = self.played, []
         self.names = [name for name, _ in played]
 
@@ -91,11 +101,54 @@ class Tape(TorchDispatchMode):
         return replay
 
 
+class TapedGroup:
+    """A group whose operations are on the tape of this thread, if there is one."""
+
+    def __init__(self, group):
+        self._group = group
+
+    def all_reduce(self, x):
+        return self._play("all_reduce", x)
+
+    def gather(self, x):
+        return self._play("gather", x)
+
+    def broadcast(self, x):
+        return self._play("broadcast", x)
+
+    def __getattr__(self, name):
+        return getattr(self._group, name)
+
+    def _play(self, name, x):
+        return _play(name, lambda: getattr(self._group, name)(x))
+
+
 _run = triton_launch.Launch.run
+_interpreter = threading.Lock()
+"""Triton's knows one kernel at a time."""
+
+
+def _launch(launch):
+    """Stands in for `Launch.run`."""
+    _play(launch.kernel.fn.__name__, lambda: _run_alone(launch))
+
+
+def _play(name, run):
+    tape = getattr(Tape.recording, "tape", None)
+    return run() if tape is None else tape.play(name, run)
+
+
+def _run_alone(launch):
+    with _interpreter:
+        _run(launch)
 
 
 def _again(func, args, kwargs, result):
-    """The operation into the memory of its first result; one in place writes there by itself."""
-    again = func(*args, **kwargs)
+    """The operation into the memory of its first result."""
+    _into(result, func(*args, **kwargs))
+
+
+def _into(result, again):
+    """What is done in place is there already."""
     if isinstance(result, torch.Tensor) and again.data_ptr() != result.data_ptr():
         result.copy_(again)

@@ -9,9 +9,10 @@ import torch
 
 from engine.config import EngineConfig
 from engine.engine import Engine
+from engine.parallel import follower, leader, led_steps
 from engine.parallel.errors import RankLost
 from engine.parallel.follower import Follower
-from engine.parallel.groups import GlooGroup
+from engine.parallel.groups import GlooGroup, open_group
 from engine.parallel.leader import Leader
 from engine.parallel.led_steps import FollowedSteps
 from engine.parallel.wire import Channel, Op
@@ -22,7 +23,7 @@ from engine.step.shapes import StepShape
 from runtime.errors import StartupError
 from tests.unit.engine.overlap_mixes import SIZE, Alone, machine_of, run_busily
 from tests.unit.engine.parallel_ranks import parallel_model
-from tests.unit.engine.step_tapes import Reruns
+from tests.unit.engine.step_tapes import Reruns, Tape, TapedGroup, operators_of_a_gpu
 
 OVERLAPPED = EngineConfig(num_blocks=64, block_size=4, max_num_seqs=8, overlap="on")
 IN_ORDER = replace(OVERLAPPED, overlap="off")
@@ -45,7 +46,10 @@ def requests(make_request):
 
 
 def outputs(config, model, requests):
-    engine = Engine(config, model)
+    return run(Engine(config, model), requests)
+
+
+def run(engine, requests):
     for request in requests:
         engine.submit(request)
     while engine.has_work():
@@ -76,7 +80,7 @@ def test_overlap_changes_no_token(checkpoint, tiny_model, requests, tmp_path, si
             assert outputs(config, model, requests()) == expected
 
 
-@pytest.mark.parametrize(("size", "seed"), [(2, 0), (2, 1), (4, 2)])
+@pytest.mark.parametrize(("size", "seed"), [(2, 0), (4, 2)])
 def test_any_mix_gives_the_tokens_of_steps_in_order(checkpoint, tmp_path, size, seed):
     """With stops, aborts, several choices and displaced requests."""
     config = EngineConfig(**SIZE)
@@ -84,7 +88,7 @@ def test_any_mix_gives_the_tokens_of_steps_in_order(checkpoint, tmp_path, size, 
         parallel_model(checkpoint, config, size, tmp_path / "alone") as alone,
         parallel_model(checkpoint, config, size, tmp_path / "ranks") as model,
     ):
-        run_busily(machine_of(model, Alone(alone))(), seed, num_rounds=15)
+        run_busily(machine_of(model, Alone(alone))(), seed, num_rounds=12)
 
 
 @pytest.mark.parametrize("overlap", ["off", "on"])
@@ -95,6 +99,36 @@ def test_recorded_steps_give_the_same_tokens(checkpoint, tiny_model, requests, t
         assert outputs(config, model, requests()) == expected
     leading, following = recorded
     assert leading.num_replays == following.num_replays > 8
+
+
+def test_steps_on_tapes_give_the_same_tokens(checkpoint, tiny_model, make_request, tmp_path, monkeypatch):
+    """A tape holds kernels, collective operations and tensors, nothing of Python's, of every rank."""
+
+    def requests():
+        return [make_request(5, max_tokens=4, temperature=0.0), make_request(9, max_tokens=4)]
+
+    tapes = []
+
+    def recorder(device, *, captured):
+        tapes.append(Tape())
+        return tapes[-1]
+
+    expected = outputs(IN_ORDER, tiny_model, requests())
+    config = replace(OVERLAPPED, cuda_graph_sizes=(2,))
+    for module in (leader, follower):
+        monkeypatch.setattr(module, "open_group", lambda *args: TapedGroup(open_group(*args)))
+    for module in (factory, led_steps):
+        monkeypatch.setattr(module, "recorder_for", recorder)
+    with parallel_model(checkpoint, config, 2, tmp_path / "ranks") as model:
+        with operators_of_a_gpu():
+            engine = Engine(config, model)
+        assert run(engine, requests()) == expected
+    for tape in tapes:
+        counts = Counter(tape.names)
+        assert counts["all_reduce"] == 2 * NUM_LAYERS + 1
+        assert counts["gather"] == counts["broadcast"] == 1
+        assert counts["decode_kernel"] == NUM_LAYERS
+    assert [("draw_kernel" in tape.names) for tape in tapes] == [True, False]
 
 
 @pytest.mark.parametrize("speculative", ["ngram", "draft"])
@@ -182,12 +216,12 @@ def test_commands_are_carried_out_in_the_order_they_were_given(checkpoint, reque
 
 
 def test_a_follower_refuses_what_comes_too_early():
-    follower = Follower(None, None)
+    rank = Follower(None, None)
     with pytest.raises(AssertionError, match="RECORD_STEPS comes first"):
-        _ = follower.steps
-    follower._steps = object()
+        _ = rank.steps
+    rank._steps = object()
     with pytest.raises(AssertionError, match="the pool that stays"):
-        follower._allocate(None)
+        rank._allocate(None)
 
 
 @pytest.mark.parametrize(("overlap", "num_broadcasts"), [("on", 1), ("off", 0)])
