@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate, chain
 
 import torch
 from torch import Tensor
@@ -10,6 +11,7 @@ from engine.block_table import BlockTable
 from engine.models.inputs import FinalRows
 from engine.plan import Scheduled
 from kernels.attention import AttentionBatch
+from kernels.integers import int64s
 
 MIN_ROWS = 4
 """torch's fp32 linear gives the same bits for a row in any batch of at least this many rows, and others
@@ -31,6 +33,15 @@ class Span:
     """Tokens behind which something is sampled, counted within the span; one may be named more than once."""
     scored: Sequence[int] = field(default=())
     """Tokens whose logits are wanted for the prompt's log-probabilities, counted within the span."""
+
+    @property
+    def positions(self) -> range:
+        """Of the new tokens."""
+        return range(self.start, self.start + len(self.token_ids))
+
+
+Wanted = tuple[int, Span, int]
+"""A row of a packed batch, its span, and its place within that."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,61 +69,60 @@ def build_batch(plan: Sequence[Scheduled], *, block_size: int, device: torch.dev
 
 def span_of(item: Scheduled) -> Span:
     """What is computed of the sequence, then the draft tokens, each sampled behind; for the target model."""
-    request, num_drafts = item.request, len(item.draft_token_ids)
-    last = item.query_len - 1
-    samples: Sequence[int] = ()
-    if item.samples:
-        samples = range(last, last + 1 + num_drafts) if num_drafts else [last] * len(request.samplers)
-    start = request.num_computed_tokens
-    scored = item.scored
-    return Span(
+    request, start = item.request, item.request.num_computed_tokens
+    span = Span(
         table=request.block_tables[0],
         start=start,
-        token_ids=[*request.tokens(start, item.context_len), *item.draft_token_ids],
-        num_singles=num_drafts,
-        samples=samples,
-        scored=range(scored.start - start, scored.stop - start),
+        token_ids=request.tokens(start, start + item.query_len),
+        samples=[item.query_len - 1] * len(request.samplers) if item.samples else (),
     )
+    if item.draft_token_ids:
+        span.token_ids += item.draft_token_ids
+        span.num_singles = len(item.draft_token_ids)
+        span.samples = range(item.query_len - 1, len(span.token_ids))
+    if scored := item.scored:
+        span.scored = range(scored.start - start, scored.stop - start)
+    return span
 
 
 def pack(spans: Sequence[Span], *, block_size: int, device: torch.device) -> Batch:
     """Lists first, then one copy per tensor."""
-    token_ids: list[int] = []
-    positions: list[int] = []
-    slots: list[int] = []
-    first_rows: list[int] = []
-    for span in spans:
-        first_rows.append(len(token_ids))
-        token_ids += span.token_ids
-        of_span = range(span.start, span.start + len(span.token_ids))
-        positions += of_span
-        slots += [
-            span.table[position // block_size] * block_size + position % block_size for position in of_span
-        ]
+    token_ids = list(chain.from_iterable([span.token_ids for span in spans]))
+    places = [(span.table, position) for span in spans for position in span.positions]
+    samples, scored = _wanted(spans)
     return Batch(
         token_ids=_padded(token_ids, device),
-        positions=_padded(positions, device),
-        slot_mapping=torch.tensor(slots, dtype=torch.int64, device=device),
+        positions=_padded([position for _, position in places], device),
+        slot_mapping=int64s(slots(places, block_size), device),
         attention=_attention(spans, block_size, device),
-        final=_final_rows(spans, first_rows, len(token_ids), block_size, device),
-        num_samples=sum(len(span.samples) for span in spans),
-        num_scored=sum(len(span.scored) for span in spans),
+        final=_final_rows(samples + scored, len(token_ids), block_size, device),
+        num_samples=len(samples),
+        num_scored=len(scored),
     )
 
 
+def slots(places: Sequence[tuple[BlockTable, int]], block_size: int) -> list[int]:
+    """Where each of these positions of sequences with these tables lies in the KV cache."""
+    return [table[position // block_size] * block_size + position % block_size for table, position in places]
+
+
+def _wanted(spans: Sequence[Span]) -> tuple[list[Wanted], list[Wanted]]:
+    """Whose logits are wanted: (of all samples, of all that is scored)."""
+    each = list(zip(spans, accumulate([len(span.token_ids) for span in spans], initial=0), strict=False))
+    samples = [(first + index, span, index) for span, first in each for index in span.samples]
+    return samples, [(first + index, span, index) for span, first in each for index in span.scored]
+
+
 def _final_rows(
-    spans: Sequence[Span], first_rows: Sequence[int], num_rows: int, block_size: int, device: torch.device
+    wanted: Sequence[Wanted], num_rows: int, block_size: int, device: torch.device
 ) -> FinalRows | None:
-    each = list(zip(spans, first_rows, strict=True))
-    wanted = [(span, first, index) for span, first in each for index in span.samples]
-    wanted += [(span, first, index) for span, first in each for index in span.scored]
-    rows = [first + index for _, first, index in wanted]
+    rows = [row for row, _, _ in wanted]
     if rows == list(range(num_rows)):
         return None
     attention = AttentionBatch(
         query_lens=[1] * len(rows),
-        context_lens=[span.start + index + 1 for span, _, index in wanted],
-        block_tables=[span.table for span, _, _ in wanted],
+        context_lens=[span.start + index + 1 for _, span, index in wanted],
+        block_tables=[span.table for _, span, _ in wanted],
         block_size=block_size,
         device=device,
     )
@@ -124,11 +134,14 @@ def _attention(spans: Sequence[Span], block_size: int, device: torch.device) -> 
     context_lens: list[int] = []
     tables: list[Sequence[int]] = []
     for span in spans:
-        end = span.start + len(span.token_ids)
-        lens = [len(span.token_ids) - span.num_singles, *[1] * span.num_singles]
-        query_lens += lens
-        context_lens += range(end - span.num_singles, end + 1)
-        tables += [span.table] * len(lens)
+        query_len = len(span.token_ids) - span.num_singles
+        query_lens.append(query_len)
+        context_lens.append(span.start + query_len)
+        tables.append(span.table)
+        if span.num_singles:
+            query_lens += [1] * span.num_singles
+            context_lens += range(context_lens[-1] + 1, context_lens[-1] + 1 + span.num_singles)
+            tables += [span.table] * span.num_singles
     return AttentionBatch(
         query_lens=query_lens,
         context_lens=context_lens,
@@ -139,5 +152,4 @@ def _attention(spans: Sequence[Span], block_size: int, device: torch.device) -> 
 
 
 def _padded(values: list[int], device: torch.device) -> Tensor:
-    padding = [0] * max(MIN_ROWS - len(values), 0)
-    return torch.tensor(values + padding, dtype=torch.int64, device=device)
+    return int64s(values + [0] * (MIN_ROWS - len(values)), device)

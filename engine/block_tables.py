@@ -77,7 +77,8 @@ class BlockTables:
     def missing(self, request: Request, num_tokens: int) -> int:
         """Blocks to allocate in each group before `num_tokens` tokens of the request can be written."""
         held = len(request.block_tables[0]) if request.block_tables else 0
-        return max(self.blocks_for(num_tokens) - held, 0) + self._shares_cursor(request)
+        lacking = -(-num_tokens // self.block_size) - held
+        return (lacking if lacking > 0 else 0) + self._shares_cursor(request)
 
     def cost(self, request: Request, max_cached_tokens: int) -> int:
         """How many blocks less are free after `admit`: all but the cached ones that others use already."""

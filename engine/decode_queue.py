@@ -40,13 +40,14 @@ class DecodeQueue:
         pending = deque(self.running)
         while pending and len(scheduled) < seats:
             request = pending.popleft()
-            while (needed := tables.missing(request, request.num_tokens)) and needed > tables.num_free:
+            num_tokens = request.num_tokens
+            while (needed := tables.missing(request, num_tokens)) and needed > tables.num_free:
                 victim = pending.pop() if pending else request
                 displace(victim)
                 if victim is request:
                     break
             else:
                 if needed:
-                    tables.grow(request, request.num_tokens)
-                scheduled.append(Scheduled(request, request.num_tokens - request.num_computed_tokens))
+                    tables.grow(request, num_tokens)
+                scheduled.append(Scheduled(request, num_tokens - request.num_computed_tokens))
         return scheduled

@@ -33,18 +33,19 @@ class DraftCoverage:
 
     def lags(self, request: Request) -> bool:
         """The draft has completed published blocks of the request that are not noted yet."""
-        return request.num_draft_published_blocks < self._end(request)
+        num_noted = request.num_draft_published_blocks
+        return (
+            request.num_draft_computed_tokens >= (num_noted + 1) * self._block_size
+            and request.num_published_blocks > num_noted
+        )
 
     def publish(self, request: Request) -> None:
         """Note the request's published blocks that its draft has meanwhile completed."""
         if self.lags(request):
-            first, end = request.num_draft_published_blocks, self._end(request)
+            computed = request.num_draft_computed_tokens // self._block_size
+            first, end = request.num_draft_published_blocks, min(request.num_published_blocks, computed)
             self._covered.update(request.block_tables[0][first:end])
             request.num_draft_published_blocks = end
-
-    def _end(self, request: Request) -> int:
-        computed = request.num_draft_computed_tokens // self._block_size
-        return min(request.num_published_blocks, computed)
 
     def exchange(self, request: Request, position: int, block_id: int) -> None:
         """The request's block at this position becomes a published one."""

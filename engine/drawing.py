@@ -14,6 +14,7 @@ from torch import Tensor
 from engine.request import Request, SamplingParams
 from engine.warpers import warp
 from kernels import ops
+from kernels.integers import int64s
 from kernels.truncation import Truncation
 
 LARGEST_TOP_K = 2**31 - 1
@@ -54,21 +55,26 @@ def choose(logits: Tensor, requests: Sequence[Request], ahead: Sequence[int] | N
 
     logits: fp32 [num_requests, vocab_size]; ahead: see `engine.sampler.Sampler.sample`.
     """
-    draws = [
-        Draw.of(request, steps) for request, steps in zip(requests, ahead or [0] * len(requests), strict=True)
-    ]
-    return draw_fused(logits, draws) if logits.is_cuda else draw_warped(logits, draws)
+    ahead = ahead or [0] * len(requests)
+    if logits.is_cuda:
+        return draw_fused(logits, list(map(Draw.of, requests, ahead)))
+    random = [row for row, request in enumerate(requests) if not request.sampling.greedy]
+    return _with_noise(logits, random, [Draw.of(requests[row], ahead[row]) for row in random])
 
 
 def draw_warped(logits: Tensor, draws: Sequence[Draw]) -> Tensor:
     """The token of each row; greedy ones cost no noise."""
-    token_ids = logits.argmax(-1)
     random = [row for row, draw in enumerate(draws) if not draw.params.greedy]
+    return _with_noise(logits, random, [draws[row] for row in random])
+
+
+def _with_noise(logits: Tensor, random: Sequence[int], draws: Sequence[Draw]) -> Tensor:
+    """The likeliest token of each row; of the rows that are named, what is drawn."""
+    token_ids = logits.argmax(-1)
     if random:
-        drawn = [draws[row] for row in random]
         rows = _integers(random, logits)
-        warped = warp(logits.index_select(0, rows), [draw.params for draw in drawn])
-        seeds, positions, choices, _ = _columns(drawn, logits)
+        warped = warp(logits.index_select(0, rows), [draw.params for draw in draws])
+        seeds, positions, choices, _ = _columns(draws, logits)
         token_ids[rows] = ops.sample(warped, seeds, positions, choices)
     return token_ids
 
@@ -95,4 +101,4 @@ def _columns(draws: Sequence[Draw], like: Tensor) -> tuple[Tensor, ...]:
 
 
 def _integers(values: Sequence[int], like: Tensor) -> Tensor:
-    return torch.tensor(values, dtype=torch.int64, device=like.device)
+    return int64s(values, like.device)

@@ -97,8 +97,8 @@ class Engine:
                 self.kv_cache.tables.draft_coverage.arrive(request, request.num_tokens)
             self.kv_cache.tables.publish(request)
         self._scheduler.commit(request)
-        outputs = self._take([(sampler, samples[sampler.choice]) for sampler in samplers])
-        return outputs + self._beams.advance()
+        outputs = [self._take(sampler, samples[sampler.choice]) for sampler in samplers]
+        return [output for output in outputs if output is not None] + self._beams.advance()
 
     def abort(self, key: Hashable) -> bool:
         """Forget a request in any state and free its blocks; False if there is none.
@@ -170,88 +170,75 @@ class Engine:
             if request.prefill_only:
                 result.computed.append(request)
             self._publish(request, row)
-            if is_last:
+            if is_last and request.state is not RequestState.RUNNING:
                 self._advance(request)
-            result.outputs.extend(self._take(row))
+            for sampler, sample in row:
+                output = self._take(sampler, sample)
+                if output is not None:
+                    result.outputs.append(output)
         result.outputs.extend(self._beams.advance())
         return result
 
     def _publish(self, request: Request, row: list[tuple[Request, Sample]]) -> None:
         """Others may share what was computed; if it gave no sound logits, nobody may."""
-        if [sample for _, sample in row if sample.error is not None]:
-            self.kv_cache.tables.retract(request)
-        else:
-            self.kv_cache.tables.publish(request)
+        for _, sample in row:
+            if sample.error is not None:
+                self.kv_cache.tables.retract(request)
+                return
+        self.kv_cache.tables.publish(request)
 
     def _advance(self, request: Request) -> None:
-        """All tokens of the request are computed: on to its next state."""
-        if request.state is RequestState.PREFILLING and request.prefill_only:
+        """The prompt is computed: on to the next state."""
+        assert request.state is RequestState.PREFILLING
+        if request.prefill_only:
             self._scheduler.hold(request)
-        elif request.state is RequestState.PREFILLING:
+        else:
             self._scheduler.start_decoding(request)
 
-    def _take(self, samples: list[tuple[Request, Sample]]) -> list[StepOutput]:
-        """What the samples of one row add to the output; a beam's adds nothing before its search is done."""
-        outputs = []
-        for request, sample in samples:
-            if (request.leader or request).search is None or request.state is RequestState.HELD:
-                outputs.append(self._append(request, sample))
-            else:
-                self._beams.take(request, sample)
-        return outputs
+    def _take(self, request: Request, sample: Sample) -> StepOutput | None:
+        """What a sample adds to the output; a beam's adds nothing before its search is done."""
+        if (request.leader or request).search is None or request.state is RequestState.HELD:
+            return self._append(request, sample)
+        self._beams.take(request, sample)
+        return None
 
     def _append(self, request: Request, sample: Sample) -> StepOutput:
         """Add a token to the sequence; a finished request frees its blocks, unless it is held."""
-        start_index = len(request.output_token_ids)
-        if sample.error is not None:
+        output = StepOutput(request=request, choice=request.choice, start_index=len(request.output_token_ids))
+        if sample.error is None:
+            self._extend(output, sample)
+        else:
+            output.finish_reason, output.error = FinishReason.ERROR, sample.error
+        if output.finish_reason is not None:
             self._retire(request)
-            return StepOutput(
-                request=request,
-                choice=request.choice,
-                start_index=start_index,
-                finish_reason=FinishReason.ERROR,
-                error=sample.error,
-            )
-        taken, reason, stop_token_id = self._extend(request, sample)
-        if reason is not None:
-            self._retire(request)
-        return StepOutput(
-            request=request,
-            choice=request.choice,
-            start_index=start_index,
-            token_ids=tuple(each.token_id for each in taken),
-            logprobs=_logprobs(taken),
-            prompt_logprobs=_take_prompt_logprobs(request.leader or request),
-            finish_reason=reason,
-            stop_token_id=stop_token_id,
-            num_draft_tokens=sample.num_draft_tokens,
-        )
+        return output
 
-    def _extend(
-        self, request: Request, sample: Sample
-    ) -> tuple[list[Sample], FinishReason | None, int | None]:
-        """Append tokens up to the first that ends the request: (those, finish reason, stop token id).
+    def _extend(self, output: StepOutput, sample: Sample) -> None:
+        """Append tokens up to the first that ends the request.
 
         Every token but the last was computed in this step, as a draft token that was accepted. A grammar can
         be complete behind the last sample only, or it would not have been sampled.
         """
-        taken: list[Sample] = []
-        samples = (sample, *sample.then)
+        request, samples = output.request, (sample, *sample.then)
         for each in samples:
-            request.num_computed_tokens += len(taken) > 0
             request.output_token_ids.append(each.token_id)
-            taken.append(each)
-            reason, stop_token_id = judge(
+            output.finish_reason, output.stop_token_id = judge(
                 request,
                 self.facts.eos_token_ids,
                 self.facts.max_model_len,
                 is_complete=each is samples[-1] and self._is_complete(request),
             )
-            if reason is not None:
+            if output.finish_reason is not None:
                 break
-        if len(taken) > 1:
+        output.token_ids = tuple(request.output_token_ids[output.start_index :])
+        output.num_draft_tokens = sample.num_draft_tokens
+        if sample.logprob is not None:
+            output.logprobs = _logprobs(samples[: len(output.token_ids)])
+        if (request.leader or request).prompt_logprobs is not None:
+            output.prompt_logprobs = _take_prompt_logprobs(request.leader or request)
+        if len(output.token_ids) > 1:
+            request.num_computed_tokens += len(output.token_ids) - 1
             self.kv_cache.tables.publish(request)
-        return taken, reason, stop_token_id
 
     def _is_complete(self, request: Request) -> bool:
         return request.sampling.grammar is not None and self._runner.sampler.completes(request)
@@ -298,10 +285,11 @@ class Engine:
                 raise InvalidRequest(f"{field}: token ids must be in [0, {vocab_size})", field=field)
 
 
-def _take_prompt_logprobs(request: Request) -> tuple[TokenLogprob, ...] | None:
+def _take_prompt_logprobs(request: Request) -> tuple[TokenLogprob, ...]:
     """They are reported once."""
     taken, request.prompt_logprobs = request.prompt_logprobs, None
-    return None if taken is None else tuple(taken)
+    assert taken is not None
+    return tuple(taken)
 
 
 def _logprobs(samples: Sequence[Sample]) -> tuple[TokenLogprob, ...] | None:

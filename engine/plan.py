@@ -4,6 +4,8 @@ from dataclasses import dataclass
 
 from engine.request import Request
 
+NOTHING = range(0)
+
 
 @dataclass(slots=True)
 class Scheduled:
@@ -29,7 +31,8 @@ class Scheduled:
     @property
     def samples(self) -> bool:
         """The step reaches the end of the sequence: the next token is sampled."""
-        return self.context_len == self.request.num_tokens
+        request = self.request
+        return request.num_computed_tokens + self.query_len == request.num_tokens
 
     @property
     def scored(self) -> range:
@@ -37,9 +40,10 @@ class Scheduled:
 
         Entry i of `Request.prompt_logprobs` comes from position i; positions computed again are left out.
         """
-        request, start = self.request, self.request.num_computed_tokens
+        request = self.request
         if request.prompt_logprobs is None:
-            return range(0)
+            return NOTHING
+        start = request.num_computed_tokens
         num_done, end = len(request.prompt_logprobs), len(request.prompt_token_ids) - 1
         assert start <= num_done or start >= end, "positions were left out"
         return range(num_done, min(self.context_len, end))

@@ -241,8 +241,9 @@ class Request:
         num_prompt = len(self.prompt_token_ids)
         if end <= num_prompt:
             return self.prompt_token_ids[start:end]
-        outputs = self.output_token_ids[max(start - num_prompt, 0) : end - num_prompt]
-        return self.prompt_token_ids[start:] + outputs
+        if start >= num_prompt:
+            return self.output_token_ids[start - num_prompt : end - num_prompt]
+        return self.prompt_token_ids[start:] + self.output_token_ids[: end - num_prompt]
 
     def move(self, state: RequestState) -> None:
         """The only place where the state changes."""

@@ -76,8 +76,9 @@ class Runner:
         self.speculation.follow(proposal.plan, hidden)
         if final is not None and self.speculation.reads_hidden:
             hidden = hidden.index_select(0, final.rows)
-        scored = hidden[num_samples : num_samples + batch.num_scored]
-        record_prompt_logprobs(proposal.plan, scored, self._module.logits)
+        if batch.num_scored:
+            scored = hidden[num_samples : num_samples + batch.num_scored]
+            record_prompt_logprobs(proposal.plan, scored, self._module.logits)
         if not num_samples:
             return []
         logits = self._module.logits(hidden[: max(num_samples, MIN_ROWS)])

@@ -17,6 +17,7 @@ from engine.logprobs import token_logprobs
 from engine.request import Request, SamplingParams, TokenLogprob
 from engine.sampler_state import SamplerState
 from engine.structured import Grammars
+from kernels.integers import int64s
 
 
 @dataclass(slots=True)
@@ -108,13 +109,9 @@ def logprobs_of(logits: Tensor, requests: Sequence[Request], token_ids: Tensor) 
     rows = rows_where(requests, lambda params: params.logprobs is not None)
     if not rows:
         return found
-    index = _tensor(rows, logits)
+    index = int64s(rows, logits.device)
     num_top = [requests[row].sampling.logprobs or 0 for row in rows]
     asked = token_logprobs(logits.index_select(0, index), token_ids.index_select(0, index), num_top)
     for row, logprob in zip(rows, asked, strict=True):
         found[row] = logprob
     return found
-
-
-def _tensor(values: Sequence[int], like: Tensor) -> Tensor:
-    return torch.tensor(values, dtype=torch.int64, device=like.device)

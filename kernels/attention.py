@@ -1,6 +1,6 @@
 """Reference attention over a packed batch whose keys and values lie in blocks of a KV pool."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from itertools import accumulate
@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kernels.integers import int64s
 from kernels.paged_batch import PagedBatch
 
 
@@ -67,15 +68,18 @@ class AttentionBatch:
     @cached_property
     def decode_rows(self) -> DecodeRows:
         """Requests with one query."""
-        decodes = [(seq, row) for seq, row in self._starts() if self.query_lens[seq] == 1]
+        rows: list[int] = []
+        context_lens: list[int] = []
         block_ids: list[int] = []
         first_blocks: list[int] = []
-        for seq, _ in decodes:
-            first_blocks.append(len(block_ids))
-            block_ids += self._blocks(seq)
-        context_lens = [self.context_lens[seq] for seq, _ in decodes]
+        for seq, row in self._starts():
+            if self.query_lens[seq] == 1:
+                rows.append(row)
+                context_lens.append(self.context_lens[seq])
+                first_blocks.append(len(block_ids))
+                block_ids += self._blocks(seq)
         return DecodeRows(
-            rows=self._tensor([row for _, row in decodes]),
+            rows=self._tensor(rows),
             context_lens=self._tensor(context_lens),
             block_ids=self._tensor(block_ids),
             first_blocks=self._tensor(first_blocks),
@@ -99,12 +103,9 @@ class AttentionBatch:
             max_context_len=max(self.context_lens),
         )
 
-    def _starts(self) -> list[tuple[int, int]]:
-        starts, row = [], 0
-        for seq, query_len in enumerate(self.query_lens):
-            starts.append((seq, row))
-            row += query_len
-        return starts
+    def _starts(self) -> Iterator[tuple[int, int]]:
+        """Every request with its first row."""
+        return zip(range(len(self.query_lens)), accumulate(self.query_lens, initial=0), strict=False)
 
     def _blocks(self, seq: int) -> Sequence[int]:
         return self.block_tables[seq][: -(-self.context_lens[seq] // self.block_size)]
@@ -127,7 +128,7 @@ class AttentionBatch:
         return torch.arange(start, end, device=self.device)
 
     def _tensor(self, values: Sequence[int]) -> Tensor:
-        return torch.tensor(values, dtype=torch.int64, device=self.device)
+        return int64s(values, self.device)
 
 
 def paged_attention(q: Tensor, kv_layer: Tensor, batch: AttentionBatch, scale: float) -> Tensor:
