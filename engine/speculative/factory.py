@@ -19,7 +19,7 @@ from engine.speculative.ngram import NgramProposer
 from engine.speculative.proposer import Proposer
 from engine.speculative.speculation import DraftAndVerify, NoSpeculation, Speculation
 from engine.speculative.verifier import Verifier
-from engine.step.factory import may_overlap, padded_sizes
+from engine.step import factory as step_factory
 from engine.step.graphs import Recorder, StepGraphs
 from engine.step.inputs import StepInputs
 from engine.step.shapes import StepShapes
@@ -35,7 +35,9 @@ def make_speculation(
     if config.speculative == "ngram":
         proposer = NgramProposer()
     else:
-        proposer = make_draft_model(config, model, kv_cache, recorder if may_overlap(config) else None)
+        proposer = make_draft_model(
+            config, model, kv_cache, recorder if step_factory.may_overlap(config) else None
+        )
     return speculation_with(proposer, config, sampler, max_model_len=model.facts.max_model_len)
 
 
@@ -74,7 +76,7 @@ def draft_steps(
 
 def draft_shapes(config: EngineConfig) -> StepShapes:
     """As many queries for each request as it usually has tokens without draft KV."""
-    return StepShapes(padded_sizes(config), range(1, USUAL_LAG + 1))
+    return StepShapes(step_factory.padded_sizes(config), range(1, USUAL_LAG + 1))
 
 
 def speculation_with(
@@ -84,7 +86,8 @@ def speculation_with(
     target_costs, draft_costs = CostTable(), CostTable()
     lengths: Lengths
     if config.num_draft_tokens is None:
-        lengths = AdaptiveLengths(target_costs, draft_costs, max_draft_tokens=proposer.max_draft_tokens)
+        most = longest_draft(config, proposer)
+        lengths = AdaptiveLengths(target_costs, draft_costs, max_draft_tokens=most)
     else:
         lengths = FixedLengths(config.num_draft_tokens)
     verifier = Verifier(sampler, by_rejection=config.draft_acceptance == "rejection")
@@ -97,6 +100,12 @@ def speculation_with(
         max_model_len=max_model_len,
         now=clock_of(config.device),
     )
+
+
+def longest_draft(config: EngineConfig, proposer: Proposer) -> int:
+    """Where the length is chosen step by step: what is longer than captured steps has to pay for launches."""
+    most = proposer.max_draft_tokens
+    return min(most, step_factory.MAX_DRAFT_TOKENS) if step_factory.captures(config) else most
 
 
 def clock_of(device: str) -> Callable[[], float]:

@@ -20,7 +20,8 @@ from engine.speculative.factory import draft_steps
 from engine.step.host_copies import HostCopies
 from engine.step.inputs import StepInputs
 from kernels.triton_launch import INTERPRETED
-from tests.fakes.gpu_runtime import Event, gpu
+from tests.fakes import gpu_runtime
+from tests.fakes.gpu_runtime import Event
 from tests.unit.engine.conftest import CheckedEngine
 from tests.unit.engine.step_tapes import Tape, operators_of_a_gpu
 
@@ -313,7 +314,7 @@ def test_on_a_gpu_a_draft_is_waited_for_once(draft_checkpoint, make_request, mon
         return engine.run(*(make_request(n, max_tokens=8, temperature=1.5, top_k=9) for n in (5, 7)))
 
     expected, waits, draw = run("cpu"), [], DraftSteps.draw
-    with gpu() as device:
+    with gpu_runtime.gpu() as device:
 
         def judged_draw(steps, drafting):
             device.waits.clear()
@@ -330,3 +331,23 @@ def test_on_a_gpu_a_draft_is_waited_for_once(draft_checkpoint, make_request, mon
         monkeypatch.setattr(Event, "synchronize", counted_wait)
         assert run("cuda:0") == expected
     assert waits in ([1, 1], [1, 1, 1])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("law", ["coupled", "rejection"])
+def test_graphs_on_a_gpu_have_the_tokens_of_passes_one_by_one(
+    checkpoint, draft_checkpoint, make_request, gpu, law
+):
+    def outcome(**settings):
+        config = EngineConfig(
+            device=gpu, num_blocks=64, max_num_seqs=8, speculative="draft", draft_model=draft_checkpoint,
+            num_draft_tokens=4, draft_acceptance=law, **settings,
+        )  # fmt: skip
+        engine = CheckedEngine(config, load_model(checkpoint, config))
+        tokens = engine.run(*requests(make_request))
+        assert engine.speculation_stats.accepted_tokens > 0
+        return tokens
+
+    plain = outcome(overlap="off", cuda_graphs="off")
+    assert outcome(cuda_graphs="off") == plain
+    assert outcome() == plain

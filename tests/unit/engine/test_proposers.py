@@ -2,9 +2,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from engine.config import EngineConfig
 from engine.plan import Scheduled
 from engine.request import Request, SamplingParams
 from engine.speculative.costs import CostTable
+from engine.speculative.factory import longest_draft
 from engine.speculative.lengths import (
     FIRST_PROBE_STEPS,
     MIN_PLAIN_STEPS,
@@ -14,6 +16,7 @@ from engine.speculative.lengths import (
     expected_tokens,
 )
 from engine.speculative.ngram import LENGTHS, NgramProposer
+from engine.step.factory import step_shapes
 
 
 def request(prompt, key=0):
@@ -134,6 +137,14 @@ def test_what_a_plain_step_costs_is_never_an_old_story():
         REFRESH_STEPS,
         2 * REFRESH_STEPS + 1,
     ]
+
+
+def test_no_chosen_length_is_beyond_captured_steps():
+    for device, cuda_graphs, most in (("cpu", "auto", 8), ("cuda:0", "off", 8), ("cuda:0", "auto", 7)):
+        config = EngineConfig(device=device, cuda_graphs=cuda_graphs, speculative="ngram", max_num_seqs=4)
+        assert longest_draft(config, NgramProposer()) == most
+    assert step_shapes(config).fit(4, 1 + most)
+    assert not step_shapes(config).fit(4, 2 + most)
 
 
 def test_nothing_is_drafted_before_a_plain_step_was_measured():
