@@ -19,6 +19,7 @@ from engine.speculative.speculation import Proposal
 from engine.step.factory import make_recorder, make_steps
 from engine.step.shapes import StepShape
 from engine.structured import Grammars
+from engine.warm_up import warm_up
 
 
 class Runner:
@@ -31,6 +32,7 @@ class Runner:
         self._watch = model.watch
         self._kv_cache = kv_cache
         self.sampler = Sampler(model.facts.eos_token_ids, model.facts.vocab_size, grammars)
+        warm_up(config, model, kv_cache)
         recorder = make_recorder(config)
         self._graphs, self.flights = make_steps(config, model, kv_cache, recorder)
         self.speculation = make_speculation(config, model, kv_cache, self.sampler, recorder)

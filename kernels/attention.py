@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels.integers import int64s
-from kernels.paged_batch import PagedBatch
+from kernels.paged_batch import FEW_QUERIES, PagedBatch
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,7 +99,7 @@ class AttentionBatch:
             cu_query_lens=as_int32([0, *accumulate(self.query_lens)]),
             context_lens=as_int32(self.context_lens),
             block_tables=as_int32(tables),
-            max_query_len=max(self.query_lens),
+            max_query_len=_capacity(max(self.query_lens)),
             max_context_len=max(self.context_lens),
         )
 
@@ -129,6 +129,11 @@ class AttentionBatch:
 
     def _tensor(self, values: Sequence[int]) -> Tensor:
         return int64s(values, self.device)
+
+
+def _capacity(query_len: int) -> int:
+    """At least so many."""
+    return max(query_len, FEW_QUERIES) if query_len > 1 else 1
 
 
 def paged_attention(q: Tensor, kv_layer: Tensor, batch: AttentionBatch, scale: float) -> Tensor:

@@ -2,9 +2,14 @@
 plain reference of what they compute."""
 
 from dataclasses import dataclass
+from typing import Final
 
 import torch
 from torch import Tensor
+
+FEW_QUERIES: Final = 8
+"""Most queries of a request that the kernels for decoding take. Of a prompt, pieces that are no longer are
+computed by those compiled for so many."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -21,7 +21,7 @@ TILE_WORDS: Final = 1024
 """8 KiB a program: eight words, or four 16-byte accesses, of each of 128 threads."""
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_blocks"])
 def copy_blocks_kernel(
     pool_ptr: tl.tensor, slab_ptr: tl.tensor, block_ids_ptr: tl.tensor, partial_sums_ptr: tl.tensor,
     layer_stride: tl.tensor, side_stride: tl.tensor, block_stride: tl.tensor, num_blocks: tl.tensor,

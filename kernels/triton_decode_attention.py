@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.paged_batch import AttentionKind, PagedBatch
+from kernels.paged_batch import FEW_QUERIES, AttentionKind, PagedBatch
 from kernels.triton_attention import (
     attend,
     check_operands,
@@ -25,8 +25,7 @@ from kernels.triton_attention import (
 )
 from kernels.triton_launch import Launch
 
-MAX_QUERY_LEN: Final = 8
-"""Queries per request from which on `triton_prefill_attention` is meant."""
+MAX_QUERY_LEN: Final = FEW_QUERIES
 MAX_SPLITS: Final = 128
 SPLITS_AT_ONCE: Final = tl.constexpr(16)
 """Partial results that the combining program holds."""
@@ -50,16 +49,15 @@ class DecodeTiling:
 
 @triton.jit
 def _splits(
-    context_len: tl.tensor, query_len: tl.tensor,
-    NUM_SPLITS: tl.constexpr, MIN_SPLIT_LEN: tl.constexpr, TILE: tl.constexpr, WINDOW: tl.constexpr,
+    context_len: tl.tensor, query_len: tl.tensor, most: tl.tensor,
+    MIN_SPLIT_LEN: tl.constexpr, TILE: tl.constexpr, WINDOW: tl.constexpr,
 ) -> tuple[tl.tensor, tl.tensor, tl.tensor, tl.tensor]:  # fmt: skip
-    """(oldest visible key, where the first split begins, keys of a split, number of splits)."""
+    """(oldest visible key, where the first split begins, keys of a split, number of splits <= most)."""
     oldest = context_len * 0
     if WINDOW > 0:
         oldest = tl.maximum(context_len - query_len + 1 - WINDOW, 0)
     begin = oldest // TILE * TILE
-    SPLITS_OF_TILES: tl.constexpr = NUM_SPLITS * TILE
-    split_len = (context_len - begin + SPLITS_OF_TILES - 1) // SPLITS_OF_TILES * TILE
+    split_len = (context_len - begin + most * TILE - 1) // (most * TILE) * TILE
     split_len = tl.maximum(split_len, MIN_SPLIT_LEN)
     return oldest, begin, split_len, (context_len - begin + split_len - 1) // split_len
 
@@ -79,7 +77,7 @@ def _clear_spare_rows(
         tl.store(rows_ptr[:, None] + tl.arange(0, in_head.shape[1])[None, :], 0.0, mask=mask)
 
 
-@triton.jit(do_not_specialize=["num_rows"])
+@triton.jit(do_not_specialize=["num_rows", "table_stride"])
 def decode_kernel(
     q_ptr: tl.tensor, keys_ptr: tl.tensor, values_ptr: tl.tensor, out_ptr: tl.tensor,
     partial_ptr: tl.tensor, partial_lse_ptr: tl.tensor,
@@ -89,13 +87,13 @@ def decode_kernel(
     score_scale: tl.tensor, v_scale: tl.tensor,
     GROUP: tl.constexpr, MAX_QUERY_LEN: tl.constexpr, ROWS: tl.constexpr,
     HEAD_DIM: tl.constexpr, COLUMNS: tl.constexpr, BLOCK_SIZE: tl.constexpr, TILE: tl.constexpr,
-    NUM_SPLITS: tl.constexpr, MIN_SPLIT_LEN: tl.constexpr,
+    MIN_SPLIT_LEN: tl.constexpr,
     WINDOW: tl.constexpr, SOFT_CAP: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr,
 ) -> None:  # fmt: skip
-    """One KV head of one split of one request: grid (num_kv_heads, NUM_SPLITS, num_seqs).
+    """One KV head of one split of one request: grid (num_kv_heads, most splits, num_seqs).
 
     Tile row r is query r // GROUP, head r % GROUP of the group. A request with one split is finished here;
-    others leave fp32 [num_rows, num_q_heads, NUM_SPLITS, HEAD_DIM] results and their base-2 log-sum-exp.
+    others leave fp32 [num_rows, num_q_heads, most splits, HEAD_DIM] results and their base-2 log-sum-exp.
     """
     kv_head, split, seq = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     context_len = tl.load(context_lens_ptr + seq)
@@ -112,7 +110,7 @@ def decode_kernel(
     if query_len > MAX_QUERY_LEN:
         return
     oldest, begin, split_len, num_splits = _splits(
-        context_len, query_len, NUM_SPLITS, MIN_SPLIT_LEN, TILE, WINDOW
+        context_len, query_len, tl.num_programs(1), MIN_SPLIT_LEN, TILE, WINDOW
     )
     if split >= tl.maximum(num_splits, 1):
         return
@@ -136,7 +134,7 @@ def decode_kernel(
         final = (result * v_scale).to(out_ptr.dtype.element_ty)
         tl.store(out_rows[:, None] + columns[None, :], final, mask=mask)
     else:
-        part = (row * (tl.num_programs(0) * GROUP) + head) * NUM_SPLITS + split
+        part = (row * (tl.num_programs(0) * GROUP) + head) * tl.num_programs(1) + split
         tl.store(partial_ptr + part[:, None] * HEAD_DIM + columns[None, :], result, mask=mask)
         lse = peak + tl.log2(tl.where(weight == 0, 1.0, weight))
         tl.store(partial_lse_ptr + part, lse, mask=query < query_len)
@@ -227,7 +225,6 @@ def decode_launches(
         "HEAD_DIM": head_dim,
         "COLUMNS": padded_head_dim(head_dim),
         "TILE": tiling.tile,
-        "NUM_SPLITS": tiling.num_splits,
         "MIN_SPLIT_LEN": tiling.min_split_len,
         "WINDOW": kind.window or 0,
     }
@@ -242,7 +239,7 @@ def decode_launches(
         kernel=combine_kernel,
         grid=(num_q_heads, batch.max_query_len, batch.num_seqs),
         args=args,
-        constexprs=constexprs,
+        constexprs=constexprs | {"NUM_SPLITS": tiling.num_splits},
     )
     return [decode, combine] if tiling.num_splits > 1 else [decode]
 

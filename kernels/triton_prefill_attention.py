@@ -59,7 +59,7 @@ def _find_tile(
     return seq, (tile - tl.load(cu_query_lens_ptr + seq) // QUERIES - seq) * QUERIES
 
 
-@triton.jit(do_not_specialize=["num_seqs", "num_rows"])
+@triton.jit(do_not_specialize=["num_seqs", "num_rows", "table_stride"])
 def prefill_kernel(
     q_ptr: tl.tensor, keys_ptr: tl.tensor, values_ptr: tl.tensor, out_ptr: tl.tensor,
     cu_query_lens_ptr: tl.tensor, context_lens_ptr: tl.tensor, block_tables_ptr: tl.tensor,
@@ -221,7 +221,9 @@ def default_tiling(
     # A100, and the many with 99 KiB of shared memory; against H100, H200, B200 with 227.
     is_small = not 90 <= arch < 120
     most = MAX_ROWS // 2 if is_wide and is_small else MAX_ROWS
-    rows = min(max(triton.next_power_of_2(group_size * batch.max_query_len), 16), most)
+    # Two sizes, for each is compiled apart: one group of heads, or as many rows as there may be.
+    fewest = max(triton.next_power_of_2(group_size), 16)
+    rows = fewest if group_size * batch.max_query_len <= fewest else most
     return PrefillTiling(
         rows=rows,
         tile=32 if is_wide or is_small else 64,

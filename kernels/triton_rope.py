@@ -14,7 +14,7 @@ TILE_ELEMENTS: Final = 1024
 """Of the heads of one program."""
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens"])
 def rope_store_kernel(
     heads_ptr: tl.tensor, positions_ptr: tl.tensor, cos_ptr: tl.tensor, sin_ptr: tl.tensor,
     k_pool_ptr: tl.tensor, v_pool_ptr: tl.tensor, slots_ptr: tl.tensor,

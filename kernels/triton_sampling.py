@@ -31,7 +31,7 @@ NUM_PROGRAMS: Final = 512
 """Enough programs for any GPU: a row is split into no more parts than give this many in all."""
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["temperatures_ptr", "top_ks_ptr", "top_ps_ptr", "min_ps_ptr"])
 def truncate_kernel(
     logits_ptr: tl.tensor, temperatures_ptr: tl.tensor, top_ks_ptr: tl.tensor, top_ps_ptr: tl.tensor,
     min_ps_ptr: tl.tensor, thresholds_ptr: tl.tensor, first_ids_ptr: tl.tensor,
@@ -189,7 +189,7 @@ def _first_kept_tie(
     return first_id
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["temperatures_ptr", "seeds_ptr", "positions_ptr", "choices_ptr", "part_size"])
 def draw_kernel(
     logits_ptr: tl.tensor, temperatures_ptr: tl.tensor, thresholds_ptr: tl.tensor, first_ids_ptr: tl.tensor,
     seeds_ptr: tl.tensor, positions_ptr: tl.tensor, choices_ptr: tl.tensor,
@@ -227,7 +227,7 @@ def draw_kernel(
     store_best(best, best_ids, best_ptr, best_ids_ptr, row * tl.num_programs(1) + tl.program_id(1))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_parts"])
 def best_part_kernel(
     best_ptr: tl.tensor, best_ids_ptr: tl.tensor, token_ids_ptr: tl.tensor, num_parts: tl.tensor,
     TILE: tl.constexpr,

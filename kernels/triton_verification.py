@@ -20,6 +20,7 @@ from kernels.triton_sampling import LARGEST_ID, load_logits, split, store_best
 ACCEPT_STREAM: Final = tl.constexpr(verification.ACCEPT_STREAM)
 SOFTMAX_TILE: Final = 4096
 COUNT_TILE: Final = 1024
+ROW_KEYS: Final = ("seeds_ptr", "positions_ptr", "choices_ptr")
 
 
 @triton.jit
@@ -58,7 +59,7 @@ def softmax_facts_kernel(
     tl.store(facts_ptr + 2 * row + 1, tl.sum(weights, 0))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=[*ROW_KEYS, "num_places"])
 def judge_kernel(
     target_ptr: tl.tensor, target_facts_ptr: tl.tensor, draft_ptr: tl.tensor, draft_facts_ptr: tl.tensor,
     draft_ids_ptr: tl.tensor, seeds_ptr: tl.tensor, positions_ptr: tl.tensor, choices_ptr: tl.tensor,
@@ -110,7 +111,7 @@ def _prob(logit_ptrs: tl.tensor, facts_ptrs: tl.tensor, mask: tl.tensor) -> tl.t
     return tl.exp(logits - peaks) / tl.load(facts_ptrs + 1, mask=mask, other=1.0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=[*ROW_KEYS, "num_places", "part_size", "num_requests"])
 def redraw_kernel(
     target_ptr: tl.tensor, target_facts_ptr: tl.tensor, draft_ptr: tl.tensor, draft_facts_ptr: tl.tensor,
     draft_ids_ptr: tl.tensor, seeds_ptr: tl.tensor, positions_ptr: tl.tensor, choices_ptr: tl.tensor,
@@ -169,7 +170,7 @@ def _log(weights: tl.tensor) -> tl.tensor:
     return tl.where(weights > 0.0, tl.log(tl.where(weights > 0.0, weights, 1.0)), float("-inf"))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_requests", "num_parts"])
 def recover_kernel(
     best_ptr: tl.tensor, best_ids_ptr: tl.tensor, token_ids_ptr: tl.tensor,
     num_requests: tl.tensor, num_parts: tl.tensor,

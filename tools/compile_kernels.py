@@ -81,12 +81,14 @@ def _source(spec: KernelSpec) -> ASTSource:
     """The kernel as it would be compiled at its first launch with these arguments."""
     kernel, args, constants = spec.launch.kernel, spec.launch.args, dict(spec.launch.constexprs)
     assert args.keys() | constants.keys() == set(kernel.arg_names), spec.name
-    constants |= {name: value for name, value in args.items() if isinstance(value, int) and value == 1}
+    special = {param.name for param in kernel.params if not param.do_not_specialize}
+    ones = {name: value for name, value in args.items() if isinstance(value, int) and value == 1}
+    constants |= {name: value for name, value in ones.items() if name in special}
     signature = {name: "constexpr" if name in constants else _type(args[name]) for name in kernel.arg_names}
     attributes = {
         (position,): [["tt.divisibility", ALIGNMENT]]
         for position, name in enumerate(kernel.arg_names)
-        if name not in constants and _is_aligned(args[name])
+        if name not in constants and name in special and _is_aligned(args[name])
     }
     return ASTSource(kernel, signature=signature, constexprs=constants, attrs=attributes)
 

@@ -98,8 +98,10 @@ class Device(TorchDispatchMode):
 
     active = None
 
-    def __init__(self):
+    def __init__(self, *, dry=False):
+        """`dry`: no kernel of Triton's runs, what it would have written holds zeros."""
         super().__init__()
+        self.dry = dry
         self.waits = Counter()
         """(kind, "file:function") of everything that the host waits for: `upload` of pageable memory,
         `download`, `read` of a number, `shape`."""
@@ -154,7 +156,8 @@ class Device(TorchDispatchMode):
         if name in READS or name in ("equal", "is_nonzero"):
             return result
         if name.startswith(("empty", "new_empty")):
-            poison(result)
+            with _disable_current_modes():
+                result.zero_() if self.dry else poison(result)
         elif self.capture is not None and not _is_view(func):
             self.capture.operation(func, *_hosts((args, kwargs)), result)
         known = {

@@ -1,5 +1,8 @@
 """The engine on the GPU of `tests.fakes.gpu`: kernels in Triton's interpreter, graphs on a tape."""
 
+import random
+from unittest import mock
+
 import pytest
 import torch
 
@@ -10,6 +13,7 @@ from engine.request import Request, RequestState, SamplingParams
 from kernels.triton_launch import INTERPRETED
 from tests.fakes.gpu import IllegalInCapture, MixedDevices
 from tests.fakes.gpu_runtime import gpu
+from tests.unit.engine.conftest import write_checkpoint
 
 pytestmark = pytest.mark.skipif(not INTERPRETED, reason="there is a real one")
 
@@ -59,7 +63,7 @@ def run(engine, *wanted):
 def on_both(path, kinds, **settings):
     """The tokens from a CPU and from the device, and the device."""
     expected = run(engine_on("cpu", path, **settings), *requests(kinds))
-    with gpu() as device:
+    with gpu() as device, mock.patch("engine.runner.warm_up"):
         return expected, run(engine_on("cuda:0", path, **settings), *requests(kinds)), device
 
 
@@ -84,7 +88,7 @@ def test_verification_by_rejection(checkpoint, draft_checkpoint):
 
 
 def test_what_an_eager_decode_step_waits_for(draft_checkpoint):
-    with gpu() as device:
+    with gpu() as device, mock.patch("engine.runner.warm_up"):
         engine = engine_on("cuda:0", draft_checkpoint, cuda_graphs="off", overlap="off")
         for request in (wanted := requests([{}] * 4, max_tokens=9)):
             engine.submit(request)
@@ -139,3 +143,49 @@ def test_the_device_has_the_rules_of_a_gpu():
         with pytest.raises(AssertionError, match="too early"):
             x.tolist()
         assert torch.empty(3, device="cuda:0").isnan().all()
+
+
+COMPILED = {
+    "decode worker": {"cuda_graph_sizes": (4, 6)},
+    "prefill worker": {"cuda_graphs": "off", "overlap": "off"},
+    "draft": {"cuda_graph_sizes": (6,), "num_draft_tokens": 3},
+    "rejection": {"cuda_graph_sizes": (6,), "draft_acceptance": "rejection"},
+}
+
+
+@pytest.fixture(scope="module")
+def long_checkpoint(tmp_path_factory):
+    """With contexts that attention cuts, and a vocabulary that is drawn from in parts."""
+    return write_checkpoint(tmp_path_factory.mktemp("long"), max_position_embeddings=2048, vocab_size=3000)
+
+
+def busy(engine, *, prefill_only):
+    """Requests of many lengths and kinds that come and go."""
+    rng = random.Random(0)
+    for key in range(24):
+        kind = rng.choice((*DRAWN_ON_DEVICE, *DRAWN_ON_DEVICE, {"typical_p": 0.7}))
+        prompt = [rng.randrange(3, 2000) for _ in range(rng.choice((1, 2, 7, 8, 9, 20, 33, 64, 200, 600)))]
+        sampling = SamplingParams(**{"max_tokens": rng.randrange(1, 9), "ignore_eos": True, **kind})
+        engine.submit(Request(key=key, prompt_token_ids=prompt, sampling=sampling, prefill_only=prefill_only))
+        step(engine, rng.randrange(3))
+    while engine.has_work():
+        step(engine)
+
+
+def step(engine, num_steps=1):
+    for _ in range(num_steps if engine.has_work() else 0):
+        for output in engine.step().outputs:
+            if output.request.state is RequestState.HELD:
+                engine.release(output.request.key)
+
+
+@pytest.mark.parametrize("name", COMPILED)
+def test_no_kernel_is_compiled_while_requests_wait(long_checkpoint, name):
+    settings = {**SIZE, "num_blocks": 640, "max_num_seqs": 6, "max_num_batched_tokens": 100, **COMPILED[name]}
+    if name in ("draft", "rejection"):
+        settings |= {"speculative": "draft", "draft_model": long_checkpoint}
+    with gpu(dry=True) as device:
+        engine = engine_on("cuda:0", long_checkpoint, **settings)
+        compiled = set(device.variants)
+        busy(engine, prefill_only=name == "prefill worker")
+        assert device.variants <= compiled
