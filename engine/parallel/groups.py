@@ -46,6 +46,10 @@ class Group(Protocol):
         """Rank 0's contiguous tensor into everybody's."""
         ...
 
+    def starting(self) -> AbstractContextManager[None]:
+        """Around first runs, in which each rank compiles its kernels: operations may take longer."""
+        ...
+
     def replaying(self) -> AbstractContextManager[None]:
         """Around the start of recorded operations: they have their deadline, too."""
         ...
@@ -120,6 +124,10 @@ class GlooGroup:
         options = BroadcastOptions()
         options.rootRank = 0
         self._run(lambda: self._group.broadcast([x], options))
+
+    def starting(self) -> AbstractContextManager[None]:
+        """See Group; for CPUs nothing is compiled in the middle of a run."""
+        return nullcontext()
 
     def replaying(self) -> AbstractContextManager[None]:
         """See Group; an operation that is run again is one like any other."""

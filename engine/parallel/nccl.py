@@ -50,7 +50,7 @@ LOOK_S = 0.25
 """How often the watcher looks."""
 
 START_TIMEOUT_S = 120.0
-"""For making the communicator."""
+"""For making the communicator, and for operations of runs that compile kernels."""
 
 
 class NcclGroup:
@@ -112,6 +112,15 @@ class NcclGroup:
         options = BroadcastOptions()
         options.rootRank, options.asyncOp = 0, False
         self._run(lambda: self._group.broadcast([x], options))
+
+    @contextmanager
+    def starting(self) -> Iterator[None]:
+        """See Group; what is in flight at the end has the usual deadline."""
+        usual, self._timeout_s = self._timeout_s, START_TIMEOUT_S
+        try:
+            yield
+        finally:
+            self._timeout_s = usual
 
     @contextmanager
     def replaying(self) -> Iterator[None]:

@@ -79,7 +79,12 @@ def test_captured_steps_that_are_judged_on_the_host(draft_checkpoint):
 
 
 def test_verification_by_rejection(checkpoint, draft_checkpoint):
-    settings = {"speculative": "draft", "draft_model": draft_checkpoint, "num_draft_tokens": 2}
+    settings = {
+        "speculative": "draft",
+        "draft_model": draft_checkpoint,
+        "num_draft_tokens": 2,
+        "cuda_graph_sizes": (4,),
+    }
     expected, found, device = on_both(
         checkpoint, [{}, {"top_k": 5}], draft_acceptance="rejection", cuda_graphs="off", **settings
     )

@@ -2,6 +2,7 @@
 
 import threading
 from collections import Counter, defaultdict
+from contextlib import nullcontext
 from dataclasses import replace
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 
 from engine.config import EngineConfig
 from engine.engine import Engine
+from engine.loader import load_model
 from engine.parallel import follower, leader, led_steps
 from engine.parallel.errors import RankLost
 from engine.parallel.follower import Follower
@@ -264,6 +266,53 @@ def test_what_a_step_costs_in_operations_and_messages(
     assert messages == dict.fromkeys(range(1, size), num_steps)
     for rank in range(1, size):
         assert all(counts[rank, name] == counts[0, name] for name in expected)
+
+
+class OneRankGroup:
+    """Of which nobody is missing until it is aborted, as by NCCL's watcher, in the middle of a step."""
+
+    def __init__(self):
+        self.aborts_next = self.is_aborted = False
+
+    def all_reduce(self, x):
+        return x
+
+    def gather(self, x):
+        self.is_aborted = self.aborts_next
+        return x.unsqueeze(0)
+
+    def broadcast(self, x):
+        pass
+
+    def starting(self):
+        return nullcontext()
+
+    replaying = starting
+
+    def check(self):
+        if self.is_aborted:
+            raise RankLost("aborted")
+
+    def close(self):
+        self.is_aborted = True
+
+
+@pytest.mark.parametrize("config", [IN_ORDER, OVERLAPPED])
+def test_what_is_read_behind_an_abort_is_not_committed(
+    checkpoint, make_request, tmp_path, monkeypatch, config
+):
+    group = OneRankGroup()
+    monkeypatch.setattr(leader, "open_group", lambda *args: group)
+    ranks = Leader([], tmp_path / "ranks" / "store", torch.device("cpu"))
+    engine = Engine(config, load_model(checkpoint, config, ranks=ranks))
+    request = make_request(9)
+    engine.submit(request)
+    for _ in range(3):
+        engine.step()
+    group.aborts_next, known = True, list(request.output_token_ids)
+    with pytest.raises(RankLost, match="aborted"):
+        engine.step()
+    assert request.output_token_ids == known
 
 
 @pytest.fixture
