@@ -32,16 +32,26 @@ class HostKv:
 
 def _host_tensor(group: Tensor, num_slots: int) -> Tensor:
     shape = (*group.shape[:2], num_slots, *group.shape[3:])
-    return torch.empty(shape, dtype=group.dtype, pin_memory=group.is_cuda)
+    return torch.empty(shape, dtype=group.dtype)
 
 
 def _copy(source: Tensor, source_ids: Sequence[int], target: Tensor, target_ids: Sequence[int]) -> None:
-    """Blocks `source_ids` of one group tensor to blocks `target_ids` of another, through a slab."""
+    """Blocks `source_ids` of one group tensor to blocks `target_ids` of another, through a slab on each side.
+
+    A slab on the host is pinned: it is what moves, and the tensor behind it may be large and never used.
+    """
     num_layers = source.shape[0]
     block_bytes = source[:, :, 0].nbytes
     step = max(SLAB_BYTES // block_bytes, 1)
-    slab = torch.empty(min(step, len(source_ids)) * block_bytes, dtype=torch.uint8, device=source.device)
+    slab_bytes = min(step, len(source_ids)) * block_bytes
+    slab = _slab(slab_bytes, source, beside=target)
+    landing = _slab(slab_bytes, target, beside=source)
     for first in range(0, len(source_ids), step):
         num_bytes = ops.gather_blocks(source, source_ids[first : first + step], 0, num_layers, slab)
-        payload = slab[:num_bytes].to(target.device)
+        payload = landing[:num_bytes].copy_(slab[:num_bytes])
         ops.scatter_blocks(target, target_ids[first : first + step], 0, num_layers, payload)
+
+
+def _slab(num_bytes: int, side: Tensor, *, beside: Tensor) -> Tensor:
+    pinned = beside.is_cuda and not side.is_cuda
+    return torch.empty(num_bytes, dtype=torch.uint8, device=side.device, pin_memory=pinned)

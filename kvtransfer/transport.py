@@ -88,5 +88,9 @@ class Carrier(Protocol):
 
 
 def make_slabs(num_slabs: int, slab_bytes: int, device: torch.device | str = "cpu") -> list[Tensor]:
-    """Staging buffers, uint8 [slab_bytes] each; the system backs their pages on first use."""
-    return [torch.empty(slab_bytes, dtype=torch.uint8, device=device) for _ in range(num_slabs)]
+    """Staging buffers, uint8 [slab_bytes] each, for any stream; a host backs their pages on first use."""
+    slabs = [torch.empty(slab_bytes, dtype=torch.uint8, device=device) for _ in range(num_slabs)]
+    if torch.device(device).type == "cuda":
+        # Memory that torch's allocator hands out again may still be used by what is queued on this stream.
+        torch.cuda.current_stream(device).synchronize()
+    return slabs
