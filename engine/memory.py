@@ -1,9 +1,8 @@
 """How much memory a GPU has for the KV pool: what is free once the largest step has run, or a share of it."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -11,10 +10,13 @@ from torch import Tensor
 from engine.batch import MIN_ROWS, Batch, Span, pack
 from engine.block_table import BlockTable
 from engine.config import EngineConfig
+from engine.device_memory import CudaMeter, Meter
 from engine.drawing import Draw, draw_fused
 from engine.kv_pool import LocalKvPool
 from engine.loader import LoadedModel
 from engine.models.decoder import Decoder
+from engine.parallel.ranks import Ranks
+from engine.parallel.wire import Op
 from engine.request import SamplingParams
 from engine.step.factory import captures, step_shapes
 
@@ -24,45 +26,13 @@ PROFILED_SAMPLING = SamplingParams(max_tokens=1, top_k=2, top_p=0.5)
 
 @dataclass(frozen=True, kw_only=True)
 class DeviceMemory:
-    """What was measured on a GPU that holds the weights."""
+    """What was measured on GPUs that hold the weights, one for each rank."""
 
     free_bytes: int
-    """Behind the step, with its memory given back; what libraries took for themselves is not free."""
+    """Behind the step, with its memory given back; what libraries took for themselves is not free. Of the GPU
+    that has least."""
     step_bytes: int
     """Most that the largest step took on top of weights and KV."""
-
-
-class Meter(Protocol):
-    """Looks at one device's memory."""
-
-    def peak_bytes(self, run: Callable[[], None]) -> int:
-        """Most that `run` took on top of what was taken before."""
-        ...
-
-    def free_bytes(self) -> int:
-        """Free now, for this process and all others."""
-        ...
-
-
-class CudaMeter:
-    """A GPU, by torch's allocator and the driver."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-
-    def peak_bytes(self, run: Callable[[], None]) -> int:
-        """See Meter."""
-        torch.cuda.reset_peak_memory_stats(self._device)
-        before = torch.cuda.memory_allocated(self._device)
-        run()
-        torch.cuda.synchronize(self._device)
-        return torch.cuda.max_memory_allocated(self._device) - before
-
-    def free_bytes(self) -> int:
-        """See Meter."""
-        torch.cuda.empty_cache()
-        free, _ = torch.cuda.mem_get_info(self._device)
-        return free
 
 
 def kv_cache_bytes(memory: DeviceMemory, *, utilization: float, captured: bool, linked_bytes: int = 0) -> int:
@@ -79,7 +49,7 @@ def kv_cache_bytes(memory: DeviceMemory, *, utilization: float, captured: bool, 
 def with_kv_memory(config: EngineConfig, model: LoadedModel, meter: Meter | None = None) -> EngineConfig:
     """The config with `kv_cache_memory_bytes` measured, if it is for a GPU and leaves them open.
 
-    Every rank of a worker has a GPU of its own, of which this one's stands for all.
+    Every rank of a worker has a GPU of its own; all get as much as fits into the fullest.
     """
     device = torch.device(config.device)
     if (device.type != "cuda" and meter is None) or config.num_blocks or config.kv_cache_memory_bytes:
@@ -95,9 +65,16 @@ def with_kv_memory(config: EngineConfig, model: LoadedModel, meter: Meter | None
 
 
 def profile(config: EngineConfig, model: LoadedModel, meter: Meter) -> DeviceMemory:
-    """Run the largest step over a pool that holds nothing else, and look at what it took."""
+    """Run the largest step over a pool that holds nothing else, and look at what it took, on this rank."""
     step_bytes = meter.peak_bytes(partial(_run_largest_step, config, model, _small_pool(config, model)))
-    return DeviceMemory(step_bytes=step_bytes, free_bytes=meter.free_bytes())
+    free_bytes = [meter.free_bytes(), *_free_elsewhere(model.ranks)]
+    return DeviceMemory(step_bytes=step_bytes, free_bytes=min(free_bytes))
+
+
+def _free_elsewhere(ranks: Ranks) -> list[int]:
+    """Free bytes of every other rank's device, behind all that it was told before."""
+    ranks.tell(Op.MEASURE)
+    return [message.lists[0][0] for message in ranks.answers(Op.MEASURED)]
 
 
 def _small_pool(config: EngineConfig, model: LoadedModel) -> list[Tensor]:

@@ -23,6 +23,7 @@ from typing import Protocol
 import torch
 
 from engine.config import EngineConfig
+from engine.device_memory import free_bytes
 from engine.facts import KvGroupSpec
 from engine.kv_pool import LocalKvPool
 from engine.loader import load_checkpoint
@@ -116,6 +117,7 @@ class Follower:
             Op.SCATTER: self._scatter,
             Op.RECORD_STEPS: self._record_steps,
             Op.STEP: lambda message: self.steps.run(message),
+            Op.MEASURE: lambda _: self._commands.send(encode(Op.MEASURED, [free_bytes(self.device)])),
             Op.CHANGE_TABLES: lambda message: self.steps.change(message),
         }
 

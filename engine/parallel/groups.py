@@ -23,9 +23,11 @@ from torch._C._distributed_c10d import (
 
 from engine.parallel.errors import RankLost
 from engine.parallel.shard import Shard
-from runtime.limits import RANK_TIMEOUT_S
 
 CLOSE_TAG = 1
+
+START_TIMEOUT_S = 120.0
+"""For making the group, and for operations before rank 0 serves."""
 
 
 class Group(Protocol):
@@ -46,10 +48,6 @@ class Group(Protocol):
         """Rank 0's contiguous tensor into everybody's."""
         ...
 
-    def starting(self) -> AbstractContextManager[None]:
-        """Around first runs, in which each rank compiles its kernels: operations may take longer."""
-        ...
-
     def replaying(self) -> AbstractContextManager[None]:
         """Around the start of recorded operations: they have their deadline, too."""
         ...
@@ -58,13 +56,21 @@ class Group(Protocol):
         """RankLost if what operations have left may be anything, because the group was closed."""
         ...
 
+    def set_timeout(self, timeout_s: float) -> None:
+        """Change how late another rank may come."""
+        ...
+
     def close(self) -> None:
         """Make blocked calls raise soon, here and on other ranks. Idempotent."""
         ...
 
 
 def open_group(store: Path, shard: Shard, device: torch.device) -> Group:
-    """Join the group whose store is this file; returns when all ranks have come."""
+    """Join the group whose store is this file; returns when all ranks have come.
+
+    An operation may take START_TIMEOUT_S, because ranks compile, capture and warm up when they start; rank 0
+    asks for more haste when it begins to serve. Others need not: they end with rank 0.
+    """
     if device.type == "cuda":
         from engine.parallel.nccl import NcclGroup
 
@@ -85,7 +91,7 @@ class GlooGroup:
         self._timeout = timedelta(seconds=timeout_s)
 
     @classmethod
-    def open(cls, store: Path, shard: Shard, timeout_s: float = RANK_TIMEOUT_S) -> "GlooGroup":
+    def open(cls, store: Path, shard: Shard, timeout_s: float = START_TIMEOUT_S) -> "GlooGroup":
         """See `open_group`."""
         # torch's stubs know neither the options nor the constructor that takes them.
         gloo = cast("Any", ProcessGroupGloo)
@@ -125,16 +131,16 @@ class GlooGroup:
         options.rootRank = 0
         self._run(lambda: self._group.broadcast([x], options))
 
-    def starting(self) -> AbstractContextManager[None]:
-        """See Group; for CPUs nothing is compiled in the middle of a run."""
-        return nullcontext()
-
     def replaying(self) -> AbstractContextManager[None]:
         """See Group; an operation that is run again is one like any other."""
         return nullcontext()
 
     def check(self) -> None:
         """See Group; an operation that came to nothing has raised."""
+
+    def set_timeout(self, timeout_s: float) -> None:
+        """See Group."""
+        self._timeout = timedelta(seconds=timeout_s)
 
     def close(self) -> None:
         """See Group. A receive that times out closes its pair for good, which ends all waits on it."""

@@ -24,7 +24,7 @@ from engine.models.decoder import Decoder
 from engine.models.inputs import FinalRows
 from engine.models.llama import Llama
 from engine.parallel.errors import RankLost
-from engine.parallel.groups import Group, open_group
+from engine.parallel.groups import START_TIMEOUT_S, Group, open_group
 from engine.parallel.layers import parallelize
 from engine.parallel.led_pool import LedKvPool
 from engine.parallel.led_steps import LedSteps
@@ -67,7 +67,7 @@ class Leader:
             for member in self.members:
                 member.commands.set_timeout(LOAD_TIMEOUT_S)
                 member.commands.expect(Op.READY)
-                member.commands.set_timeout(RANK_TIMEOUT_S)
+                member.commands.set_timeout(START_TIMEOUT_S)
             group = self._group = open_group(self._store, self.shard, self._device)
         except RankLost as error:
             raise StartupError(f"--tensor-parallel-size {self.shard.size}: {error}") from error
@@ -123,7 +123,10 @@ class Leader:
     def watch(self, on_lost: Callable[[str], None]) -> None:
         """See Ranks."""
         self._on_lost = on_lost
+        if self._group is not None:
+            self._group.set_timeout(RANK_TIMEOUT_S)
         for member in self.members:
+            member.commands.set_timeout(RANK_TIMEOUT_S)
             if member.process is not None:
                 threading.Thread(
                     target=self._await_end, args=(member, member.process), name="rank-watch", daemon=True

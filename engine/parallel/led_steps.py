@@ -44,7 +44,7 @@ class LedSteps:
         """See StepRanks."""
         try:
             self._leader.tell(Op.RECORD_STEPS, *self._spec.arrays())
-            with self._leader.leading(), self._group.starting():
+            with self._leader.leading():
                 yield
         except RankLost as error:
             raise StartupError(f"--tensor-parallel-size {self._leader.shard.size}: {error}") from error
@@ -80,8 +80,7 @@ class FollowedSteps:
         self._inputs = inputs
         recorder = recorder_for(kv_group.device, captured=spec.captured)
         self._graphs = StepGraphs(step, spec.shapes, recorder)
-        with group.starting():
-            self._graphs.capture()
+        self._graphs.capture()
 
     def change(self, message: Message) -> None:
         """Carry out CHANGE_TABLES."""

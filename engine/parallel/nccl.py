@@ -39,18 +39,14 @@ from torch._C import _DistBackendError as NcclError
 from torch._C._distributed_c10d import AllreduceOptions, BroadcastOptions, GatherOptions
 
 from engine.parallel.errors import RankLost
-from engine.parallel.groups import file_store, first_line
+from engine.parallel.groups import START_TIMEOUT_S, file_store, first_line
 from engine.parallel.shard import Shard
 from runtime.clock import Clock, SystemClock
-from runtime.limits import RANK_TIMEOUT_S
 
 logger = logging.getLogger(__name__)
 
 LOOK_S = 0.25
 """How often the watcher looks."""
-
-START_TIMEOUT_S = 120.0
-"""For making the communicator, and for operations of runs that compile kernels."""
 
 
 class NcclGroup:
@@ -70,7 +66,7 @@ class NcclGroup:
 
     @classmethod
     def open(
-        cls, store: Path, shard: Shard, device: torch.device, timeout_s: float = RANK_TIMEOUT_S
+        cls, path: Path, shard: Shard, device: torch.device, timeout_s: float = START_TIMEOUT_S
     ) -> "NcclGroup":
         """See `engine.parallel.groups.open_group`."""
         os.environ["TORCH_NCCL_ASYNC_ERROR_HANDLING"] = "0"
@@ -78,12 +74,11 @@ class NcclGroup:
         from torch._C._distributed_c10d import ProcessGroupNCCL
 
         options = ProcessGroupNCCL.Options()
-        options._timeout = timedelta(seconds=START_TIMEOUT_S)
+        options._timeout = timedelta(seconds=timeout_s)
         torch.cuda.set_device(device)
         try:
-            group: Any = ProcessGroupNCCL(
-                file_store(store, shard.size, START_TIMEOUT_S), shard.rank, shard.size, options
-            )
+            store = file_store(path, shard.size, timeout_s)
+            group: Any = ProcessGroupNCCL(store, shard.rank, shard.size, options)
             group.eager_connect_single_device(device)
         except RuntimeError as error:
             raise RankLost(f"NCCL: {first_line(error)}") from error
@@ -114,15 +109,6 @@ class NcclGroup:
         self._run(lambda: self._group.broadcast([x], options))
 
     @contextmanager
-    def starting(self) -> Iterator[None]:
-        """See Group; what is in flight at the end has the usual deadline."""
-        usual, self._timeout_s = self._timeout_s, START_TIMEOUT_S
-        try:
-            yield
-        finally:
-            self._timeout_s = usual
-
-    @contextmanager
     def replaying(self) -> Iterator[None]:
         """See Group."""
         self.check()
@@ -133,6 +119,10 @@ class NcclGroup:
         """See Group."""
         if self._closed.is_set():
             raise RankLost("the communicator was aborted")
+
+    def set_timeout(self, timeout_s: float) -> None:
+        """See Group."""
+        self._timeout_s = timeout_s
 
     def close(self) -> None:
         """See Group. Aborting can itself hang while a peer is half dead, so nobody waits for it."""

@@ -47,7 +47,9 @@ class Ranks(Protocol):
         ...
 
     def watch(self, on_lost: Callable[[str], None]) -> None:
-        """Call `on_lost` with the reason, once and from any thread, when another rank ends or hangs."""
+        """Call `on_lost` with the reason, once and from any thread, when another rank ends or hangs.
+
+        From here on ranks have RANK_TIMEOUT_S for what they are asked to do."""
         ...
 
     def close(self) -> None:

@@ -85,6 +85,10 @@ class Op(IntEnum):
     """The slabs are filled."""
     FAILED = 25
     """The link's lanes on this rank are closed [; why, as text]."""
+    MEASURE = 26
+    """Look at the device's memory. Answered by MEASURED."""
+    MEASURED = 27
+    """[(free bytes)]."""
 
 
 @dataclass(frozen=True)

@@ -1,14 +1,17 @@
 """The size of a GPU's KV pool, from numbers that a GPU would give."""
 
+import os
 from dataclasses import replace
 
 import pytest
 import torch
 
 from engine.config import EngineConfig, usual_batched_tokens
+from engine.device_memory import free_bytes
 from engine.engine import Engine
 from engine.loader import load_model
 from engine.memory import DeviceMemory, kv_cache_bytes, profile, with_kv_memory
+from engine.parallel import follower
 from engine.speculative.factory import draft_shapes
 from tests.unit.engine.parallel_ranks import parallel_model
 
@@ -100,7 +103,7 @@ def test_what_is_measured_becomes_the_pools_memory(tiny_model):
 
 
 def test_ranks_are_profiled_together_and_serve_afterwards(checkpoint, make_engine, make_request, tmp_path):
-    """One rank's measurement counts for each; followers change from the profile's pool to the real one."""
+    """Followers change from the profile's pool to the real one."""
     config = EngineConfig(max_num_batched_tokens=32, block_size=4, gpu_memory_utilization=1.0)
     with parallel_model(checkpoint, config, 2, tmp_path / "ranks") as model:
         measured = with_kv_memory(config, model, FakeMeter(1_001_000))
@@ -111,6 +114,19 @@ def test_ranks_are_profiled_together_and_serve_afterwards(checkpoint, make_engin
         while engine.has_work():
             engine.step()
     assert [request.output_token_ids] == make_engine().run(make_request(17, temperature=0.0))
+
+
+def test_the_device_with_the_least_memory_counts_for_all(checkpoint, tmp_path, monkeypatch):
+    config = EngineConfig(max_num_batched_tokens=32, block_size=4, gpu_memory_utilization=1.0)
+    monkeypatch.setattr(follower, "free_bytes", lambda device: 501_000)
+    with parallel_model(checkpoint, config, 4, tmp_path / "ranks") as model:
+        measured = with_kv_memory(config, model, FakeMeter(1_001_000))
+        assert measured.kv_cache_memory_bytes == 4 * 500_000
+
+
+def test_what_is_free_on_a_cpu_is_the_hosts():
+    total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    assert 0 < free_bytes(torch.device("cpu")) <= total
 
 
 @pytest.mark.parametrize("value", [0.0, -1.0, 1.1])

@@ -284,10 +284,8 @@ class OneRankGroup:
     def broadcast(self, x):
         pass
 
-    def starting(self):
+    def replaying(self):
         return nullcontext()
-
-    replaying = starting
 
     def check(self):
         if self.is_aborted:
