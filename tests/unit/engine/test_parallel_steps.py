@@ -4,6 +4,7 @@ import threading
 from collections import Counter, defaultdict
 from contextlib import nullcontext
 from dataclasses import replace
+from datetime import timedelta
 
 import pytest
 import torch
@@ -217,6 +218,7 @@ def test_commands_are_carried_out_in_the_order_they_were_given(checkpoint, reque
     assert told.index(Op.ALLOCATE) < told.index(Op.RECORD_STEPS) < told.index(Op.FORWARD)
 
 
+@pytest.mark.skipif(not __debug__, reason="our asserts are off")
 def test_a_follower_refuses_what_comes_too_early():
     rank = Follower(None, None)
     with pytest.raises(AssertionError, match="RECORD_STEPS comes first"):
@@ -313,11 +315,9 @@ def test_what_is_read_behind_an_abort_is_not_committed(
     assert request.output_token_ids == known
 
 
-@pytest.fixture
-def impatient(monkeypatch):
-    """Collective operations wait for 0.3 s."""
-    join = GlooGroup.open
-    monkeypatch.setattr(GlooGroup, "open", lambda store, shard: join(store, shard, 0.3))
+def lose_patience(model):
+    """Rank 0 waits for others, who will not come, no longer than 0.2 s."""
+    model.ranks._group._timeout = timedelta(seconds=0.2)
 
 
 def flying(model, make_request):
@@ -338,9 +338,7 @@ def test_a_rank_that_ends_between_two_overlapped_steps_ends_the_engine(checkpoin
 
 
 @pytest.mark.parametrize("where", ["before a step", "within a step"])
-def test_a_rank_that_hangs_is_found_by_the_deadline(
-    checkpoint, make_request, tmp_path, monkeypatch, impatient, where
-):
+def test_a_rank_that_hangs_is_found_by_the_deadline(checkpoint, make_request, tmp_path, monkeypatch, where):
     lost, go_on = [], threading.Event()
     with parallel_model(checkpoint, OVERLAPPED, 2, tmp_path / "ranks") as model:
         engine = flying(model, make_request)
@@ -354,6 +352,7 @@ def test_a_rank_that_hangs_is_found_by_the_deadline(
             return run(self, *args)
 
         monkeypatch.setattr(target, name, hanging)
+        lose_patience(model)
         with pytest.raises(RankLost):
             engine.step()
         with pytest.raises(RankLost):
@@ -363,14 +362,13 @@ def test_a_rank_that_hangs_is_found_by_the_deadline(
 
 
 def test_a_rank_that_is_lost_while_steps_are_recorded_is_an_error_of_one_line(
-    checkpoint, tmp_path, monkeypatch, impatient, recorded
+    checkpoint, tmp_path, monkeypatch, recorded
 ):
     monkeypatch.setattr(Reruns, "record", refusing(Reruns.record))
-    with (
-        parallel_model(checkpoint, OVERLAPPED, 2, tmp_path / "ranks") as model,
-        pytest.raises(StartupError, match="--tensor-parallel-size 2: "),
-    ):
-        Engine(OVERLAPPED, model)
+    with parallel_model(checkpoint, OVERLAPPED, 2, tmp_path / "ranks") as model:
+        lose_patience(model)
+        with pytest.raises(StartupError, match="--tensor-parallel-size 2: "):
+            Engine(OVERLAPPED, model)
 
 
 def refusing(record):
