@@ -1,5 +1,6 @@
 """Workers of several ranks: the tokens of one rank, and what the death of a rank costs."""
 
+import itertools
 import os
 import signal
 from collections.abc import Iterator
@@ -12,11 +13,13 @@ from tests.e2e.test_faults import GREEDY, SEEDED, stream
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(180)]
 
+salts = (f"lanes {number}" for number in itertools.count())
 
-@pytest.fixture(scope="module")
-def parallel() -> Iterator[Up]:
-    """A prefill worker of two ranks, two decode workers of one and two ranks."""
-    up = Up("--prefill-tp=2", "--decode=2", "--decode-tp=2")
+
+@pytest.fixture(scope="module", params=["auto", pytest.param("gloo", marks=pytest.mark.long)])
+def parallel(request: pytest.FixtureRequest) -> Iterator[Up]:
+    """A prefill worker and two decode workers of two ranks each."""
+    up = Up("--prefill-tp=2", "--decode=2", "--decode-tp=2", f"--transport={request.param}")
     yield up
     up.stop()
 
@@ -45,8 +48,12 @@ def same_tokens(one: Up, other: Up) -> bool:
     return found[0] == found[1]
 
 
-def test_ranks_on_one_side_only(colocated: Up) -> None:
-    up = Up("--prefill-tp=2", "--decode-tp=1")
+@pytest.mark.parametrize(
+    ("prefill", "decode", "transport"),
+    [(2, 1, "auto"), *(pytest.param(1, 2, name, marks=pytest.mark.long) for name in ("auto", "gloo"))],
+)
+def test_ranks_on_one_side_only(colocated: Up, prefill: int, decode: int, transport: str) -> None:
+    up = Up(f"--prefill-tp={prefill}", f"--decode-tp={decode}", f"--transport={transport}")
     try:
         assert same_tokens(colocated, up)
         up.stop()
@@ -97,3 +104,30 @@ def test_a_frozen_rank_is_found_by_the_deadline(parallel: Up) -> None:
     assert stream(parallel, {10: freeze}, max_tokens=60, **GREEDY) == undisturbed
     eventually(lambda: not frozen[0].is_running() or frozen[0].status() == "zombie", 5, "the rank's end")
     eventually(lambda: all_ready(parallel), 60, "all workers again")
+
+
+@pytest.mark.parametrize("role", [pytest.param("prefill", marks=pytest.mark.long), "decode"])
+@pytest.mark.parametrize(
+    "number", [signal.SIGKILL, pytest.param(signal.SIGSTOP, marks=pytest.mark.long)], ids=lambda n: n.name
+)
+def test_a_rank_that_is_lost_in_the_midst_of_a_transfer(parallel: Up, role: str, number: int) -> None:
+    """Its worker ends, the link's epoch too; the request is served again, to the same tokens."""
+    eventually(lambda: all_ready(parallel), 60, "all workers")
+    undisturbed = stream(parallel, {}, max_tokens=30, **SEEDED)
+    parallel.points.arm("decode.frame", "slow 1.5")
+    lost: list[psutil.Process] = []
+
+    def lose() -> None:
+        """At the first token: the decode worker's pump stands before the first frame."""
+        parallel.points.wait_hit("decode.frame")
+        [busy] = [worker["id"] for worker in parallel.workers(role) if worker["attempts"]]
+        lost.extend(followers(parallel, role)[busy])
+        lost[0].send_signal(number)
+        parallel.points.release("decode.frame")
+
+    found = stream(parallel, {1: lose}, max_tokens=30, cache_salt=next(salts), **SEEDED)
+    assert found == undisturbed
+    eventually(lambda: not lost[0].is_running() or lost[0].status() == "zombie", 10, "the rank's end")
+    eventually(lambda: all_ready(parallel), 60, "all workers again")
+    eventually(parallel.is_quiet, 5, f"quiet ({parallel.held()})")
+    assert stream(parallel, {}, max_tokens=30, cache_salt=next(salts), **SEEDED) == undisturbed

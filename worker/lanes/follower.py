@@ -93,6 +93,7 @@ class FollowerLink:
             self._fail("internal error in a rank's lanes")
         finally:
             self._lanes.close()
+            self._sends.clear()
             self._on_end()
 
     def _fail(self, reason: str) -> None:

@@ -99,14 +99,15 @@ class LinkLanes:
 
         For the engine's thread: the other ranks do it in the order of their commands. Raises RankLost.
         """
-        if piece.group != 0:
-            return fold_stripes(self._own.scatter(self._pool, piece, slab))
-        numbers = [self._number, slab, piece.first_layer, piece.num_layers]
-        self._ranks.tell(Op.SCATTER, numbers, piece.block_ids)
+        lines = self._taking(piece.group)
+        if lines:
+            numbers = [self._number, slab, piece.first_layer, piece.num_layers]
+            self._ranks.tell(Op.SCATTER, numbers, piece.block_ids)
         checksums = self._own.scatter(self._pool, piece, slab)
-        for message in self._ranks.answers(Op.SCATTERED):
+        for message in self._ranks.answers(Op.SCATTERED) if lines else ():
             checksums |= checksums_in(message)
-        return fold_stripes(checksums) if len(checksums) == self._num_lanes else None
+        num_lanes = 1 if piece.group else self._num_lanes
+        return fold_stripes(checksums) if len(checksums) == num_lanes else None
 
     def close(self) -> None:
         """See Carrier."""

@@ -122,6 +122,20 @@ def test_blocks_go_to_slabs_and_to_the_host_and_back(draft_checkpoint):
         assert torch.equal(group[:, :, [1, 3]], group[:, :, [12, 13]])
 
 
+def test_some_of_the_heads_go_to_slabs_and_back(checkpoint):
+    with gpu():
+        pool = engine_on("cuda:0", checkpoint, cuda_graphs="off").kv_cache.pool.local
+        pool.groups[0].normal_()
+        group = pool.groups[0].host
+        for device in ("cuda:0", "cpu"):
+            slab = torch.zeros(1 << 12, dtype=torch.uint8, device=device)
+            checksum = pool.gather(0, [2, 4], 1, 1, slab, range(1, 2))
+            assert pool.scatter(0, [6, 0], 1, 1, slab, range(1, 2)) == checksum
+            assert torch.equal(group[1:, :, [2, 4], :, 1:], group[1:, :, [6, 0], :, 1:])
+            assert not torch.equal(group[1:, :, [2, 4], :, :1], group[1:, :, [6, 0], :, :1])
+            group[1:, :, [6, 0]] = 0
+
+
 def test_the_pool_gets_what_the_largest_step_leaves(draft_checkpoint):
     with gpu() as device:
         engine = engine_on("cuda:0", draft_checkpoint, num_blocks=None, cuda_graphs="off", overlap="off")

@@ -143,3 +143,6 @@ def test_one_gpu_is_known_by_its_id(monkeypatch):
     on_host = Transports.of("auto", CPU)
     assert on_host.refusal("nccl", b"") == "this worker uses shm, gloo"
     assert Transports.of("nccl", torch.device("cuda", 0)).names == ("nccl",)
+    ranks = Transports.of("auto", torch.device("cuda", 0), num_ranks=2)
+    assert ranks.names == ("nccl", "shm", "gloo")
+    assert ranks.refusal("cuda_ipc", offered["cuda_ipc"]) == "this worker uses nccl, shm, gloo"

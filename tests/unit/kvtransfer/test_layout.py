@@ -114,3 +114,19 @@ def test_a_sender_refuses_an_absurd_welcome(change):
     welcome = handshake.answer(HELLO, **CHOICES)
     with pytest.raises(LinkViolation):
         handshake.require_usable(replace(welcome, **change), HELLO, max_slab_bytes=8192)
+
+
+def test_a_version_without_ranks_gets_whole_frames_or_a_refusal():
+    """Its numbers are 0: frames from and to it are those of one rank."""
+    alone = handshake.answer(replace(HELLO, num_ranks=0), **CHOICES)
+    assert alone.num_ranks == 1
+    handshake.require_usable(replace(alone, num_ranks=0), HELLO, max_slab_bytes=8192)
+    several = handshake.answer(replace(HELLO, num_ranks=4), **CHOICES, num_ranks=2)
+    assert several.num_ranks == 2
+    handshake.require_usable(several, replace(HELLO, num_ranks=4), max_slab_bytes=8192)
+    reason = "this worker has 2 ranks, and the other's version knows nothing of ranks"
+    with pytest.raises(Mismatch, match=reason):
+        handshake.answer(replace(HELLO, num_ranks=0), **CHOICES, num_ranks=2)
+    unknown = replace(alone, num_ranks=0)
+    with pytest.raises(Mismatch, match=reason):
+        handshake.require_usable(unknown, replace(HELLO, num_ranks=2), max_slab_bytes=8192)

@@ -25,7 +25,7 @@ ID = bytes(range(16))
 FROM_SENDER = [
     m.Hello(
         sender=IDENTITY, receiver_boot_id="r", stage=0, sender_rank=0, receiver_rank=0, facts=FACTS,
-        transports=("shm", "gloo"), transport_proofs=(b"proof", b""),
+        transports=("shm", "gloo"), transport_proofs=(b"proof", b""), num_ranks=2,
     ),
     m.Rendezvous(blob=b"blob"),
     m.Offer(transfer_id=ID, num_tokens=5),
@@ -37,7 +37,7 @@ FROM_SENDER = [
     m.Cancel(transfer_id=ID, reason="why"),
 ]  # fmt: skip
 FROM_RECEIVER = [
-    m.Welcome(epoch=3, transport="gloo", frame_sizes=(4096, 1024), num_slabs=4),
+    m.Welcome(epoch=3, transport="gloo", frame_sizes=(4096, 1024), num_slabs=4, num_ranks=4),
     m.Rendezvous(blob=b"blob"),
     m.Reserved(transfer_id=ID, ticket=1, num_cached_tokens=32),
     m.Rejected(transfer_id=ID, code=8, reason="full", retryable=True),
