@@ -116,6 +116,7 @@ class DecodeLinks(kvlink_pb2_grpc.KvLinkServiceServicer):
             await self._epoch(stream)
         finally:
             stream.end()
+            self._parts.bridge.call_roll()
 
     async def _epoch(self, stream: ControlStream) -> None:
         async with asyncio.timeout(LINK_TIMEOUT_S):

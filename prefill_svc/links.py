@@ -209,6 +209,7 @@ class PrefillLink:
                 error = Unavailable(f"no answer within {LINK_TIMEOUT_S} s", retryable=True)
             logger.warning("link to %s: %s", self._peer.worker_id, error.message)
             self._parts.metrics.links_retired.inc()
+            self._parts.bridge.call_roll()
             self._fail_all_but_unacknowledged(error)
 
     def _fail_all_but_unacknowledged(self, error: TandemError) -> None:

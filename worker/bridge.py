@@ -51,6 +51,10 @@ class EngineBridge:
 
         self.thread.post(guarded)
 
+    def call_roll(self) -> None:
+        """A link's epoch has ended: so does the worker if that is because another of its ranks hangs."""
+        self.thread.post(lambda engine: engine.model.ranks.call_roll())
+
     def submit(self, key: AttemptKey, request: Request) -> None:
         """Queue a prompt on the engine; its stages go into the attempt's timeline."""
         self.timelines.begin(key, QUEUE)

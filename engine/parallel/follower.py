@@ -114,6 +114,7 @@ class Follower:
             Op.COPY: lambda message: self.pool.copy(0, *message.lists),
             Op.STORE: self._store,
             Op.LOAD: self._load_back,
+            Op.ROLL: lambda message: self._commands.send(encode(Op.PRESENT)),
             Op.SCATTER: self._scatter,
             Op.RECORD_STEPS: self._record_steps,
             Op.STEP: lambda message: self.steps.run(message),

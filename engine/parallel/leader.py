@@ -109,6 +109,11 @@ class Leader:
         with self.leading():
             return [member.commands.expect(op) for member in self.members]
 
+    def call_roll(self) -> None:
+        """See Ranks."""
+        self.tell(Op.ROLL)
+        self.answers(Op.PRESENT)
+
     @contextmanager
     def leading(self) -> Iterator[None]:
         """Around whatever needs the other ranks: a RankLost ends the group, and says why if that is known."""

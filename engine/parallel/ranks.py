@@ -38,6 +38,10 @@ class Ranks(Protocol):
         """What every other rank answers to the last message. Raises RankLost."""
         ...
 
+    def call_roll(self) -> None:
+        """RankLost if another rank does not answer in time. On the engine thread."""
+        ...
+
     def lead_steps(self, module: Decoder, spec: StepSpec) -> StepRanks:
         """The steps of that kind over `lead_model`'s module and the newest pool; at most one kind."""
         ...
@@ -80,6 +84,9 @@ class OneRank:
     def answers(self, op: Op) -> list[Message]:
         """There is nobody to answer."""
         return []
+
+    def call_roll(self) -> None:
+        """There is nobody to call."""
 
     def lead_steps(self, module: Decoder, spec: StepSpec) -> StepRanks:
         """As they are."""

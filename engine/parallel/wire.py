@@ -57,33 +57,37 @@ class Op(IntEnum):
     """Run one [(requests, width); payload of `StepInputs.fill`]."""
     CHANGE_TABLES = 11
     """Change block tables of the steps [; payload of `StepInputs.fill`]."""
-    SCATTER = 12
+    ROLL = 12
+    """Answered by PRESENT."""
+    PRESENT = 13
+    """Whoever computes here listens."""
+    SCATTER = 14
     """A frame's stripes to blocks [(link, slab, first layer, layers), block ids]. Answered by SCATTERED."""
-    SCATTERED = 13
+    SCATTERED = 15
     """The stripes' [lanes, checksums]; empty if the link has ended."""
-    LINK = 14
+    LINK = 16
     """Serve a KV link [(number)]; its channel's end follows, over which all that comes behind goes."""
-    OPEN = 15
+    OPEN = 17
     """Open a lane [an `Opening` as JSON]. Answered by OPENED, perhaps behind EXCHANGEs."""
-    EXCHANGE = 16
+    EXCHANGE = 18
     """Swap a message with the lane's other end [; the message]. Answered by EXCHANGE."""
-    OPENED = 17
+    OPENED = 19
     """The lane is open."""
-    GATHER = 18
+    GATHER = 20
     """Blocks to slabs [(slab, first layer, layers), block ids]. Answered by GATHERED."""
-    GATHERED = 19
+    GATHERED = 21
     """The stripes' [lanes, checksums]."""
-    SEND = 20
+    SEND = 22
     """Begin to send what was gathered [(slab, size index)]."""
-    WAIT = 21
+    WAIT = 23
     """Wait until the oldest send has left. Answered by SENT."""
-    SENT = 22
+    SENT = 24
     """It has."""
-    RECV = 23
+    RECV = 25
     """Receive into slabs [(slab, size index)]. Answered by RECEIVED."""
-    RECEIVED = 24
+    RECEIVED = 26
     """The slabs are filled."""
-    FAILED = 25
+    FAILED = 27
     """The link's lanes on this rank are closed [; why, as text]."""
     MEASURE = 26
     """Look at the device's memory. Answered by MEASURED."""

@@ -127,7 +127,8 @@ def test_a_rank_that_is_lost_in_the_midst_of_a_transfer(parallel: Up, role: str,
 
     found = stream(parallel, {1: lose}, max_tokens=30, cache_salt=next(salts), **SEEDED)
     assert found == undisturbed
-    eventually(lambda: not lost[0].is_running() or lost[0].status() == "zombie", 10, "the rank's end")
+    # Over shared memory a rank may be done with the frame when it freezes: then the next request finds it.
+    assert stream(parallel, {}, max_tokens=30, cache_salt=next(salts), **SEEDED) == undisturbed
+    eventually(lambda: not lost[0].is_running() or lost[0].status() == "zombie", 15, "the rank's end")
     eventually(lambda: all_ready(parallel), 60, "all workers again")
     eventually(parallel.is_quiet, 5, f"quiet ({parallel.held()})")
-    assert stream(parallel, {}, max_tokens=30, cache_salt=next(salts), **SEEDED) == undisturbed

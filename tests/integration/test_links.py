@@ -90,7 +90,9 @@ class FakeEngine:
 def parts(name: str, facts: KvFacts = FACTS, transport: str = "auto") -> Any:
     loop = asyncio.get_running_loop()
     engine = FakeEngine()
-    bridge = SimpleNamespace(thread=FakeThread(engine), on_loop=loop.call_soon_threadsafe)
+    bridge = SimpleNamespace(
+        thread=FakeThread(engine), on_loop=loop.call_soon_threadsafe, call_roll=lambda: None
+    )
     return SimpleNamespace(
         settings=WorkerSettings(transport=transport),
         identity=common_pb2.WorkerIdentity(worker_id=name, boot_id=f"boot of {name}"),

@@ -5,6 +5,7 @@ moves between the ranks of the two workers alone. One lane that breaks ends them
 ranks: the next epoch opens them anew.
 """
 
+from collections import defaultdict
 from collections.abc import Callable
 
 import torch
@@ -27,8 +28,8 @@ from worker.transports import Exchange, open_transport
 ANSWER_TIMEOUT_S = LINK_TIMEOUT_S + 1.0
 """For another rank's answer; its own waits for its peer end before."""
 
-OPEN_TIMEOUT_S = START_TIMEOUT_S + 1.0
-"""The same of a lane that it opens."""
+OPEN_TIMEOUT_S = defaultdict(lambda: 2 * LINK_TIMEOUT_S + 1.0, {"nccl": START_TIMEOUT_S + 1.0})
+"""The same of a lane that it opens, by transport."""
 
 
 class LinkLanes:
@@ -58,7 +59,7 @@ class LinkLanes:
             return
         line = self._line(rank)
         line.send(Op.OPEN, payload=opening.to_json())
-        while (message := line.receive(OPEN_TIMEOUT_S)).op is Op.EXCHANGE:
+        while (message := line.receive(OPEN_TIMEOUT_S[opening.transport])).op is Op.EXCHANGE:
             line.send(Op.EXCHANGE, payload=exchange(bytes(message.payload)))
         assert message.op is Op.OPENED, message.op
 

@@ -244,6 +244,15 @@ def test_a_lost_rank_ends_the_engine_and_is_named_once(checkpoint, tmp_path, req
     assert len(lost) == 1
 
 
+def test_a_roll_is_answered_by_ranks_that_listen(checkpoint, tmp_path):
+    with parallel_model(checkpoint, CONFIG, 2, tmp_path / "ranks") as model:
+        model.ranks.call_roll()
+        model.ranks.followers[0]._handlers[Op.ROLL] = lambda message: None
+        model.ranks.members[0].commands.set_timeout(0.05)
+        with pytest.raises(RankLost, match="rank 1 does not answer"):
+            model.ranks.call_roll()
+
+
 def test_a_hung_rank_is_found_by_the_deadline(tmp_path):
     groups = {}
 
