@@ -31,11 +31,9 @@ SHORTEST_CONTEXT = 256
 MAX_DRAFT_TOKENS = 8
 """Of a request, as far as its verification is gone through."""
 
-SAMPLING = (
-    SamplingParams(max_tokens=1, top_k=2, top_p=0.5),
-    SamplingParams(max_tokens=1, typical_p=0.5),
-)
-"""With and without truncation on the device."""
+TRUNCATED = SamplingParams(max_tokens=1, top_k=2, top_p=0.5)
+UNTRUNCATED = SamplingParams(max_tokens=1, typical_p=0.5)
+"""As far as kernels know: what truncates here is torch."""
 
 
 @torch.inference_mode()
@@ -49,8 +47,9 @@ def warm_up(config: EngineConfig, model: LoadedModel, kv_cache: KvCache) -> None
         assert part is not None
         _compute(config, part, kv_group)
     _copy(kv_cache.pool.local)
+    _draw(model.facts.vocab_size, kv_cache.groups[0].device, 1, UNTRUNCATED)
     for num_rows in _orders(config.max_num_seqs):
-        _draw(model.facts.vocab_size, kv_cache.groups[0].device, num_rows)
+        _draw(model.facts.vocab_size, kv_cache.groups[0].device, num_rows, TRUNCATED)
         if config.speculative != "off" and config.draft_acceptance == "rejection":
             _verify(model.facts.vocab_size, kv_cache.groups[0].device, num_rows)
     logger.info("warmed up in %.1f s", clock.now() - start)
@@ -103,15 +102,14 @@ def _orders(most: int) -> Iterator[int]:
         number *= 2
 
 
-def _draw(vocab_size: int, device: torch.device, num_rows: int) -> None:
+def _draw(vocab_size: int, device: torch.device, num_rows: int, params: SamplingParams) -> None:
     logits = torch.zeros(num_rows, vocab_size, device=device)
-    for params in SAMPLING:
-        draw_fused(logits, [Draw(params, 0, 0)] * num_rows)
+    draw_fused(logits, [Draw(params, 0, 0)] * num_rows)
 
 
 def _verify(vocab_size: int, device: torch.device, num_requests: int) -> None:
-    """Drafts of as many tokens as requests, and of one, with and without logits of their own."""
-    for num_drafts in {1, min(num_requests, MAX_DRAFT_TOKENS)}:
+    """Drafts of one token, of few requests also of as many as these are; with and without their own logits."""
+    for num_drafts in {1, num_requests if num_requests <= MAX_DRAFT_TOKENS else 1}:
         draft_ids = torch.zeros(num_requests, num_drafts, dtype=torch.int64, device=device)
         keys = torch.zeros(num_requests, dtype=torch.int64, device=device)
         target = torch.zeros(num_requests * (num_drafts + 1), vocab_size, device=device)

@@ -25,7 +25,7 @@ def rows(bench: Bench) -> RowFunctions:
 
 def read_bandwidth(bench: Bench) -> Measured:
     """The best of several ways to read a large tensor once: a ceiling that is too low flatters everything."""
-    data = torch.empty(bench.pick(1 << 30, 1 << 16), dtype=torch.float32, device=bench.device).normal_()
+    data = torch.empty(bench.pick(1 << 30, 1 << 17), dtype=torch.float32, device=bench.device).normal_()
     rates = {name: data.nbytes / time_device(bench, [call]).seconds for name, call in _readers(data).items()}
     best = max(rates, key=lambda name: rates[name])
     details = {name: round(rate * 1e-9, 1) for name, rate in rates.items()}
