@@ -108,7 +108,7 @@ def _draw(vocab_size: int, device: torch.device, num_rows: int, params: Sampling
 
 
 def _verify(vocab_size: int, device: torch.device, num_requests: int) -> None:
-    """Drafts of one token, of few requests also of as many as these are; with and without their own logits."""
+    """Drafts of one token, of few requests also of as many as they are; with and without own logits."""
     for num_drafts in {1, num_requests if num_requests <= MAX_DRAFT_TOKENS else 1}:
         draft_ids = torch.zeros(num_requests, num_drafts, dtype=torch.int64, device=device)
         keys = torch.zeros(num_requests, dtype=torch.int64, device=device)
