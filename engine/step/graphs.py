@@ -38,22 +38,6 @@ class Uncaptured:
         return run
 
 
-class WarmedUp:
-    """Runs it again, and once at the start, which compiles its kernels for a GPU.
-
-    Kernels that rank 0 alone compiles in a step, to draw, would let the other ranks wait in theirs.
-    """
-
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-
-    def record(self, run: Callable[[], StepLogits]) -> Callable[[], StepLogits]:
-        """See Recorder."""
-        run()
-        torch.cuda.synchronize(self._device)
-        return run
-
-
 class CudaGraphs:
     """Captures CUDA graphs that share their memory: what one returns is valid until another one runs."""
 
@@ -83,9 +67,7 @@ class CudaGraphs:
 
 def recorder_for(device: torch.device, *, captured: bool) -> Recorder:
     """A new one."""
-    if captured:
-        return CudaGraphs(device)
-    return WarmedUp(device) if device.type == "cuda" else Uncaptured()
+    return CudaGraphs(device) if captured else Uncaptured()
 
 
 def lent(tensor: Tensor) -> Tensor:

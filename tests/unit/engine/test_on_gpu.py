@@ -166,6 +166,7 @@ def test_the_device_has_the_rules_of_a_gpu():
 
 COMPILED = {
     "decode worker": {"cuda_graph_sizes": (4, 6)},
+    "without graphs": {"cuda_graphs": "off", "cuda_graph_sizes": (4, 6)},
     "prefill worker": {"cuda_graphs": "off", "overlap": "off"},
     "draft": {"cuda_graph_sizes": (6,), "num_draft_tokens": 3},
     "rejection": {"cuda_graph_sizes": (6,), "draft_acceptance": "rejection"},
