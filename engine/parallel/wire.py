@@ -89,9 +89,9 @@ class Op(IntEnum):
     """The slabs are filled."""
     FAILED = 27
     """The link's lanes on this rank are closed [; why, as text]."""
-    MEASURE = 26
+    MEASURE = 28
     """Look at the device's memory. Answered by MEASURED."""
-    MEASURED = 27
+    MEASURED = 29
     """[(free bytes)]."""
 
 
