@@ -2,23 +2,32 @@
 
 `python -m benchmarks.engine_cost` prints bars and writes results/engine_cost.json. Times are CPU time of this
 process on one thread, the least of several steps. Only batch and context may matter; pool, finished requests
-and queue must not.
+and queue must not. Beside it: what of a step is the host's, around the model and around a captured step, and
+what it costs to tell a captured step its inputs, with the block tables of the step before and with others.
 """
 
 import argparse
 import dataclasses
 import json
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from benchmarks.cpu_load import CONFIG, write_checkpoint
+from engine.batch import MIN_ROWS, Span
+from engine.block_table import BlockTable
 from engine.config import EngineConfig
 from engine.engine import Engine
 from engine.loader import LoadedModel, load_model
 from engine.models.inputs import FinalRows
 from engine.request import Request, SamplingParams
+from engine.step.inputs import StepInputs
+from engine.step.shapes import StepShape
+from kernels import ops
 from kernels.attention import AttentionBatch
 
 RESULTS = Path(__file__).parent / "results"
@@ -34,6 +43,12 @@ SWEEPS = {
     "finished": (0, 300),
 }
 
+HOST_BATCHES = (1, 32, 128)
+INPUT_CONTEXTS = (1024, 8192)
+MAX_MODEL_LEN = 131072
+"""Of the steps whose inputs are measured: it is the width of their block tables."""
+BLOCK_SIZE = 16
+
 
 def request(key: object, prompt_len: int, max_tokens: int) -> Request:
     prompt = [
@@ -45,14 +60,19 @@ def request(key: object, prompt_len: int, max_tokens: int) -> Request:
 
 def decoding_engine(model: LoadedModel, case: dict[str, int]) -> Engine:
     """An engine in the middle of decoding, with the case's history and queue."""
-    config = EngineConfig(dtype="float32", num_blocks=case["pool"], max_num_seqs=case["batch"])
+    config = EngineConfig(
+        dtype="float32",
+        num_blocks=case["pool"],
+        max_num_seqs=case["batch"],
+        overlap="on" if case.get("overlap") else "off",
+    )
     engine = Engine(config, model)
     for index in range(case["finished"]):
         engine.submit(request(("finished", index), 1, 1))
     while engine.has_work():
         engine.step()
     for index in range(case["batch"]):
-        engine.submit(request(index, case["context"], 64))
+        engine.submit(request(index, case["context"], 200))
     while engine.load().queued_prefill_tokens:
         engine.step()
     for index in range(case["queue"]):
@@ -74,9 +94,9 @@ def step_ms(model: LoadedModel, case: dict[str, int]) -> float:
 class NoModel:
     """Answers at once, so that what remains of a step is schedule, batch, sampler and commit."""
 
-    def __init__(self) -> None:
+    def __init__(self, batch: int) -> None:
         self._hidden = torch.zeros(2048, 1)
-        self._logits = torch.zeros(DEFAULT["batch"], CONFIG["vocab_size"])
+        self._logits = torch.zeros(max(batch, MIN_ROWS), CONFIG["vocab_size"])
 
     def forward(
         self,
@@ -85,7 +105,7 @@ class NoModel:
         kv_group: torch.Tensor,
         slot_mapping: torch.Tensor,
         attention: AttentionBatch,
-        final: FinalRows | None,
+        final: FinalRows | None = None,
     ) -> torch.Tensor:
         attention.decode_rows  # made on demand: part of a real step  # noqa: B018
         return self._hidden[: len(token_ids)]
@@ -94,21 +114,77 @@ class NoModel:
         return self._logits[: len(hidden)]
 
 
-def host_ms(model: LoadedModel) -> float:
-    """CPU milliseconds of a step of DEFAULT around the model, without `passes_ms`."""
-    return step_ms(dataclasses.replace(model, module=NoModel()), DEFAULT) - passes_ms()
+def host_ms(model: LoadedModel, batch: int) -> float:
+    """CPU milliseconds of a step around the model, without `passes_ms`."""
+    case = DEFAULT | {"batch": batch, "pool": 4096}
+    return step_ms(dataclasses.replace(model, module=NoModel(batch)), case) - passes_ms(batch)
 
 
-def passes_ms() -> float:
-    """Of the sampler's two passes over a step's logits, which are torch's."""
-    logits = torch.zeros(DEFAULT["batch"], CONFIG["vocab_size"])
-    times = []
-    for _ in range(NUM_STEPS):
-        start = time.process_time()
-        logits.amax(-1)
-        logits.argmax(-1)
-        times.append(time.process_time() - start)
-    return min(times) * 1e3
+def passes_ms(batch: int) -> float:
+    """Of the sampler's two passes over a step's logits."""
+    logits = torch.zeros(batch, CONFIG["vocab_size"])
+    return 1e3 * min(timed(lambda: (ops.finite_best(logits), ops.argmax(logits))) for _ in range(NUM_STEPS))
+
+
+def overlapped_host_ms(model: LoadedModel, batch: int) -> float:
+    """CPU milliseconds of an overlapped step without what its device computes."""
+    case = DEFAULT | {"batch": batch, "pool": 4096, "overlap": 1}
+    engine = decoding_engine(dataclasses.replace(model, module=NoModel(batch)), case)
+    engine.step()
+    graphs = engine._runner._graphs
+    assert graphs is not None
+    graphs._replays = dict.fromkeys(graphs._replays, lambda: None)
+    return 1e3 * min(timed(engine.step) for _ in range(NUM_STEPS))
+
+
+def timed(run: Callable[[], object]) -> float:
+    """CPU seconds of one call."""
+    start = time.process_time()
+    run()
+    return time.process_time() - start
+
+
+def inputs_ms(batch: int, context: int, *, other_tables: bool) -> float:
+    """CPU milliseconds of telling a captured step its inputs, mean over the filling of a block.
+
+    other_tables: every row has another request than in the step before.
+    """
+    inputs = StepInputs(
+        max_num_seqs=batch,
+        max_num_rows=max(batch, MIN_ROWS),
+        max_model_len=MAX_MODEL_LEN,
+        block_size=BLOCK_SIZE,
+        device=torch.device("cpu"),
+    )
+    tables = [BlockTable(range(-(-(context + 32) // BLOCK_SIZE))) for _ in range(batch)]
+    seconds = []
+    for step in range(1 + BLOCK_SIZE):
+        if other_tables:
+            tables = list(map(BlockTable, tables))
+        starts = [context + step + seq % BLOCK_SIZE for seq in range(batch)]
+        spans = [
+            Span(table=table, start=start, token_ids=[3]) for table, start in zip(tables, starts, strict=True)
+        ]
+        seconds.append(timed(partial(inputs.fill, StepShape(batch, 1), spans)))
+    return 1e3 * sum(seconds[1:]) / BLOCK_SIZE
+
+
+def host_costs(model: LoadedModel) -> dict[str, Any]:
+    """All that is the host's, by batch, of the inputs also by context."""
+    return {
+        "around_the_model_ms": {batch: host_ms(model, batch) for batch in HOST_BATCHES},
+        "around_a_captured_step_ms": {batch: overlapped_host_ms(model, batch) for batch in HOST_BATCHES},
+        "inputs_ms": {
+            batch: {
+                context: {
+                    name: inputs_ms(batch, context, other_tables=name == "other tables")
+                    for name in ("same tables", "other tables")
+                }
+                for context in INPUT_CONTEXTS
+            }
+            for batch in HOST_BATCHES
+        },
+    }
 
 
 def main() -> None:
@@ -119,14 +195,14 @@ def main() -> None:
     if not (CHECKPOINT / "tokenizer_config.json").is_file():
         write_checkpoint(CHECKPOINT)
     model = load_model(CHECKPOINT, EngineConfig(dtype="float32"))
-    results = {"default": DEFAULT, "host_ms": host_ms(model), "step_ms": {}}
+    results: dict[str, Any] = {"default": DEFAULT, "host": host_costs(model), "step_ms": {}}
     for name in options.sweeps:
         costs = {value: step_ms(model, DEFAULT | {name: value}) for value in SWEEPS[name]}
         results["step_ms"][name] = costs
         largest = max(costs.values())
         for value, cost in costs.items():
             print(f"{name:9}{value:6}  {cost:7.2f} ms  {'█' * round(cost / largest * BAR)}", flush=True)
-    print(f"Around the model: {results['host_ms']:.2f} ms per step beside the passes over the logits")
+    print(json.dumps(results["host"], indent=2))
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / "engine_cost.json").write_text(json.dumps(results, indent=2) + "\n")
 

@@ -35,6 +35,11 @@ class Span:
     """Tokens whose logits are wanted for the prompt's log-probabilities, counted within the span."""
 
     @property
+    def end(self) -> int:
+        """Length of the context of the last new token."""
+        return self.start + len(self.token_ids)
+
+    @property
     def positions(self) -> range:
         """Of the new tokens."""
         return range(self.start, self.start + len(self.token_ids))
@@ -80,20 +85,24 @@ def span_of(item: Scheduled) -> Span:
         span.token_ids += item.draft_token_ids
         span.num_singles = len(item.draft_token_ids)
         span.samples = range(item.query_len - 1, len(span.token_ids))
-    if scored := item.scored:
+    if request.prompt_logprobs is not None:
+        scored = item.scored
         span.scored = range(scored.start - start, scored.stop - start)
     return span
 
 
 def pack(spans: Sequence[Span], *, block_size: int, device: torch.device) -> Batch:
-    """Lists first, then one copy per tensor."""
+    """Lists first, then one copy."""
     token_ids = list(chain.from_iterable([span.token_ids for span in spans]))
     places = [(span.table, position) for span in spans for position in span.positions]
+    positions = [position for _, position in places]
+    rows = [_padded(values) for values in (token_ids, positions, slots(places, block_size))]
+    tensors = int64s(rows, device).unbind()
     samples, scored = _wanted(spans)
     return Batch(
-        token_ids=_padded(token_ids, device),
-        positions=_padded([position for _, position in places], device),
-        slot_mapping=int64s(slots(places, block_size), device),
+        token_ids=tensors[0],
+        positions=tensors[1],
+        slot_mapping=tensors[2][: len(places)],
         attention=_attention(spans, block_size, device),
         final=_final_rows(samples + scored, len(token_ids), block_size, device),
         num_samples=len(samples),
@@ -126,7 +135,7 @@ def _final_rows(
         block_size=block_size,
         device=device,
     )
-    return FinalRows(rows=_padded(rows, device), attention=attention)
+    return FinalRows(rows=int64s(_padded(rows), device), attention=attention)
 
 
 def _attention(spans: Sequence[Span], block_size: int, device: torch.device) -> AttentionBatch:
@@ -151,5 +160,5 @@ def _attention(spans: Sequence[Span], block_size: int, device: torch.device) -> 
     )
 
 
-def _padded(values: list[int], device: torch.device) -> Tensor:
-    return int64s(values + [0] * (MIN_ROWS - len(values)), device)
+def _padded(values: list[int]) -> list[int]:
+    return values + [0] * (MIN_ROWS - len(values))

@@ -70,7 +70,7 @@ def draw_warped(logits: Tensor, draws: Sequence[Draw]) -> Tensor:
 
 def _with_noise(logits: Tensor, random: Sequence[int], draws: Sequence[Draw]) -> Tensor:
     """The likeliest token of each row; of the rows that are named, what is drawn."""
-    token_ids = logits.argmax(-1)
+    token_ids = ops.argmax(logits)
     if random:
         rows = _integers(random, logits)
         warped = warp(logits.index_select(0, rows), [draw.params for draw in draws])

@@ -17,6 +17,7 @@ from engine.logprobs import token_logprobs
 from engine.request import Request, SamplingParams, TokenLogprob
 from engine.sampler_state import SamplerState
 from engine.structured import Grammars
+from kernels import ops
 from kernels.integers import int64s
 
 
@@ -59,17 +60,16 @@ class Sampler:
         ahead: how many tokens behind its sequence each request's row stands, if any; not for requests that
         edit logits, whose edits are those of the sequence as it is.
         """
-        best = [logits.amax(-1)]
+        num_usable, usable = 1, ops.finite_best(logits)
         edited = self._edit(logits, requests)
         if edited is not logits:
-            best.append(edited.amax(-1))
+            num_usable, usable = 2, usable + ops.finite_best(edited)
         token_ids = choose(edited, requests, ahead)
         logprobs = logprobs_of(logits, requests, token_ids)
-        usable = torch.stack(best).isfinite().sum(0)
-        chosen = torch.stack((token_ids, usable), dim=1).tolist()
+        each = zip(*torch.stack((token_ids, usable)).tolist(), logprobs, strict=True)
         return [
-            Sample(token_id, logprob) if usable == len(best) else Sample(-1, error=ERRORS[usable])
-            for (token_id, usable), logprob in zip(chosen, logprobs, strict=True)
+            Sample(token_id, logprob) if row_usable == num_usable else Sample(-1, error=ERRORS[row_usable])
+            for token_id, row_usable, logprob in each
         ]
 
     def completes(self, request: Request) -> bool:

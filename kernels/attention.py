@@ -1,9 +1,9 @@
 """Reference attention over a packed batch whose keys and values lie in blocks of a KV pool."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
-from itertools import accumulate
+from itertools import accumulate, chain
 
 import torch
 import torch.nn.functional as F
@@ -63,26 +63,24 @@ class AttentionBatch:
     @cached_property
     def prefill_spans(self) -> list[PrefillSpan]:
         """Requests with more than one query."""
-        return [self._span(seq, row) for seq, row in self._starts() if self.query_lens[seq] > 1]
+        starts = self._starts()
+        return [self._span(seq, starts[seq]) for seq, num in enumerate(self.query_lens) if num > 1]
 
     @cached_property
     def decode_rows(self) -> DecodeRows:
         """Requests with one query."""
-        rows: list[int] = []
-        context_lens: list[int] = []
-        block_ids: list[int] = []
-        first_blocks: list[int] = []
-        for seq, row in self._starts():
-            if self.query_lens[seq] == 1:
-                rows.append(row)
-                context_lens.append(self.context_lens[seq])
-                first_blocks.append(len(block_ids))
-                block_ids += self._blocks(seq)
+        starts = self._starts()
+        seqs = [seq for seq, query_len in enumerate(self.query_lens) if query_len == 1]
+        context_lens = [self.context_lens[seq] for seq in seqs]
+        tables = [self._blocks(seq) for seq in seqs]
+        first_blocks = list(accumulate(map(len, tables), initial=0))
+        rows = [starts[seq] for seq in seqs]
+        tensors = self._tensor([rows, context_lens, first_blocks[:-1]]).unbind()
         return DecodeRows(
-            rows=self._tensor(rows),
-            context_lens=self._tensor(context_lens),
-            block_ids=self._tensor(block_ids),
-            first_blocks=self._tensor(first_blocks),
+            rows=tensors[0],
+            context_lens=tensors[1],
+            block_ids=self._tensor(list(chain.from_iterable(tables))),
+            first_blocks=tensors[2],
             longest=max(context_lens, default=0),
         )
 
@@ -103,9 +101,9 @@ class AttentionBatch:
             max_context_len=max(self.context_lens),
         )
 
-    def _starts(self) -> Iterator[tuple[int, int]]:
-        """Every request with its first row."""
-        return zip(range(len(self.query_lens)), accumulate(self.query_lens, initial=0), strict=False)
+    def _starts(self) -> list[int]:
+        """The first row of every request, then their end."""
+        return list(accumulate(self.query_lens, initial=0))
 
     def _blocks(self, seq: int) -> Sequence[int]:
         return self.block_tables[seq][: -(-self.context_lens[seq] // self.block_size)]
@@ -127,7 +125,7 @@ class AttentionBatch:
     def _arange(self, start: int, end: int) -> Tensor:
         return torch.arange(start, end, device=self.device)
 
-    def _tensor(self, values: Sequence[int]) -> Tensor:
+    def _tensor(self, values: Sequence[int] | Sequence[Sequence[int]]) -> Tensor:
         return int64s(values, self.device)
 
 

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from kernels.sampling import gumbel_noise
+from kernels.sampling import argmax, gumbel_noise
 
 
 class Truncation(NamedTuple):
@@ -33,8 +33,8 @@ def draw(logits: Tensor, truncation: Truncation, seeds: Tensor, positions: Tenso
     """
     greedy = truncation.temperatures == 0
     noise = gumbel_noise(seeds, positions, choices, logits.shape[1])
-    drawn = (truncate(logits, truncation) + noise).argmax(-1)
-    return torch.where(greedy, logits.argmax(-1), drawn)
+    drawn = argmax(truncate(logits, truncation) + noise)
+    return torch.where(greedy, argmax(logits), drawn)
 
 
 def truncate(logits: Tensor, truncation: Truncation) -> Tensor:

@@ -12,13 +12,14 @@ it have left, and every `fill` is followed by a run.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from engine.batch import Span
+from engine.batch import Span, slots
 from engine.drawing import Draw
 from engine.step import draw_rows
 from engine.step.buffers import NUM_STAGES, Layout, StagedBuffers
@@ -180,31 +181,18 @@ class StepInputs:
         _write(host["changed_blocks"], block_ids, most, 0)
 
     def _num_blocks(self, span: Span) -> int:
-        return -(-(span.start + len(span.token_ids)) // self._block_size)
+        return -(-span.end // self._block_size)
 
     def _fill_batch(self, shape: StepShape, spans: Sequence[Span]) -> None:
         host = self._buffers.host
-        token_ids: list[int] = []
-        positions: list[int] = []
-        ends = [0]
-        for span in spans:
-            token_ids += span.token_ids
-            positions += range(span.start, span.start + len(span.token_ids))
-            ends.append(len(token_ids))
-        context_lens = [span.start + len(span.token_ids) for span in spans]
+        places = [(span.table, position) for span in spans for position in span.positions]
+        token_ids = [token_id for span in spans for token_id in span.token_ids]
+        ends = list(accumulate([len(span.token_ids) for span in spans], initial=0))
         _write(host["token_ids"], token_ids, shape.num_rows, 0)
-        _write(host["positions"], positions, shape.num_rows, 0)
-        _write(host["slots"], self._slots(spans), shape.num_rows, NO_SLOT)
+        _write(host["positions"], [position for _, position in places], shape.num_rows, 0)
+        _write(host["slots"], slots(places, self._block_size), shape.num_rows, NO_SLOT)
         _write(host["cu_query_lens"], ends, shape.num_seqs + 1, ends[-1])
-        _write(host["context_lens"], context_lens, shape.num_seqs, 0)
-
-    def _slots(self, spans: Sequence[Span]) -> list[int]:
-        size = self._block_size
-        return [
-            span.table[position // size] * size + position % size
-            for span in spans
-            for position in range(span.start, span.start + len(span.token_ids))
-        ]
+        _write(host["context_lens"], [span.end for span in spans], shape.num_seqs, 0)
 
 
 def _write(target: NDArray[np.generic], values: Sequence[int], length: int, padding: int) -> None:

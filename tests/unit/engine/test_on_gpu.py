@@ -25,7 +25,7 @@ JUDGED_ON_HOST = (
     {"allowed_token_ids": tuple(range(4, 12)), "prompt_logprobs": 1},
 )
 EAGER_DECODE = {
-    ("upload", "kernels/integers.py:int64s"): 3,  # token ids, positions and slots; all rows are final
+    ("upload", "kernels/integers.py:int64s"): 1,  # token ids, positions and slots; all rows are final
     ("upload", "kernels/attention.py:paged"): 3,  # queries, contexts, block tables
     ("upload", "engine/drawing.py:_columns"): 1,
     ("upload", "engine/drawing.py:draw_fused"): 1,

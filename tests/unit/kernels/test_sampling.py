@@ -1,5 +1,6 @@
 import math
 
+import pytest
 import torch
 
 from kernels import ops
@@ -55,6 +56,25 @@ def test_successive_draws_are_independent():
     pairs = drawn[:-1] * 4 + drawn[1:]
     # 0.999 quantile of chi-squared with 15 degrees of freedom
     assert chi_squared(pairs.bincount(minlength=16), torch.full((16,), 1 / 16)) < 37.7
+
+
+@pytest.mark.parametrize("vocab_size", [1, 7, 61, 9216])
+def test_the_largest_is_found_and_of_equals_the_first(vocab_size):
+    generator = torch.Generator().manual_seed(vocab_size)
+    scores = torch.randint(-9, 9, (64, vocab_size), generator=generator).float()
+    scores[0], scores[1, -1] = -torch.inf, torch.inf
+    places = torch.arange(vocab_size).expand_as(scores)
+    is_best = scores == scores.amax(-1, keepdim=True)
+    expected = places.masked_fill(~is_best, vocab_size).amin(-1)
+    assert torch.equal(ops.argmax(scores), expected)
+    assert torch.equal(ops.argmax(scores.expand(2, -1, -1)[1]), expected)
+
+
+def test_a_row_without_a_finite_best_is_found():
+    rows = torch.zeros(6, 9)
+    rows[1, 3], rows[2, 8], rows[4, 0] = torch.nan, torch.inf, -torch.inf
+    rows[3] = -torch.inf
+    assert ops.finite_best(rows).tolist() == [1, 0, 0, 0, 1, 1]
 
 
 def test_excluded_tokens_are_never_drawn():
