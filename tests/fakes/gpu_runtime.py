@@ -12,6 +12,8 @@ from unittest import mock
 import torch
 from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_flatten
+from triton.backends.compiler import GPUTarget
+from triton.runtime.driver import driver
 
 from engine.step import graphs
 from kernels import ops, triton_attention, triton_launch
@@ -100,12 +102,36 @@ def run_launch(launch):
         num_warps=launch.num_warps, num_stages=launch.num_stages,
     )  # fmt: skip
     if device.dry:
+        if not triton_launch.INTERPRETED:
+            compile_launch(on_host)
         return
     with _disable_current_modes(), warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)  # of NaN in memory that nobody asks for
         _run_launch(on_host)
     if device.capture is not None:
         device.capture.launch(on_host)
+
+
+class Driver:
+    """Triton's, for a GPU that is not there."""
+
+    def get_current_target(self):
+        return GPUTarget("cuda", 90, 32)
+
+    def get_current_device(self):
+        return 0
+
+    def get_current_stream(self, device):
+        return 0
+
+
+def compile_launch(launch):
+    """All that a launch does, by Triton's own path, but for the launch."""
+    with _disable_current_modes():
+        launch.kernel.warmup(
+            **launch.args, **launch.constexprs, num_warps=launch.num_warps, num_stages=launch.num_stages,
+            grid=launch.grid,
+        )  # fmt: skip
 
 
 def variant(launch):
@@ -180,6 +206,8 @@ def gpu(*, dry=False):
     """A machine with one GPU, which is given; see Device."""
     registry = device_guard()
     with contextlib.ExitStack() as stack:
+        if not triton_launch.INTERPRETED:
+            driver.set_active(Driver())
         stack.callback(registry.__setitem__, 1, registry[1])
         registry[1] = registry[0]
         stack.enter_context(mock.patch.multiple(ops, **operators_of_a_gpu()))

@@ -1,6 +1,9 @@
 """The engine on the GPU of `tests.fakes.gpu`: kernels in Triton's interpreter, graphs on a tape."""
 
+import os
 import random
+import subprocess
+import sys
 from unittest import mock
 
 import pytest
@@ -11,7 +14,7 @@ from engine.engine import Engine
 from engine.loader import load_model
 from engine.request import Request, RequestState, SamplingParams
 from kernels.triton_launch import INTERPRETED
-from tests.fakes.gpu import IllegalInCapture, MixedDevices
+from tests.fakes.gpu import ROOT, IllegalInCapture, MixedDevices
 from tests.fakes.gpu_runtime import gpu
 from tests.unit.engine.conftest import write_checkpoint
 
@@ -209,3 +212,18 @@ def test_no_kernel_is_compiled_while_requests_wait(long_checkpoint, name):
         compiled = set(device.variants)
         busy(engine, prefill_only=name == "prefill worker")
         assert device.variants <= compiled
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+def test_every_kernel_that_an_engine_launches_compiles_at_its_start(tmp_path, dtype):
+    checkpoint = write_checkpoint(
+        tmp_path / "wide", max_position_embeddings=1024, vocab_size=3000, hidden_size=256, head_dim=64
+    )
+    command = [sys.executable, "-m", "tests.unit.engine.compiled_start", str(checkpoint), dtype]
+    environment = os.environ | {"TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path / "cache")}
+    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT, env=environment)
+    at_start, for_requests = done.stdout.splitlines()
+    kernels = {name.rpartition(".")[2] for name in at_start.split()}
+    assert kernels >= {"decode_kernel", "combine_kernel", "prefill_kernel", "judge_kernel", "draw_kernel"}
+    assert for_requests == ""
