@@ -1,6 +1,7 @@
 """What a step reads: told bit by bit, it is what it would be written as a whole."""
 
 import random
+import weakref
 from itertools import count
 
 import hypothesis.strategies as st
@@ -152,3 +153,12 @@ def test_rows_are_dense_and_stay_when_others_go(seed):
         for row, request in enumerate(before[: len(now)]):
             assert now[row] is request or request not in requests
         before = now
+
+
+def test_who_has_gone_is_forgotten():
+    order, request = RowOrder(), Request(key=1, prompt_token_ids=[3], sampling=None)
+    gone = weakref.ref(request)
+    order.arrange([request])
+    del request
+    order.arrange([])
+    assert gone() is None
