@@ -118,9 +118,11 @@ def _copy_blocks(
     total = torch.empty((), dtype=torch.int64)
     words = [stride * group.element_size() // WORD_BYTES for stride in group.stride()[:3]]
     run_words = group[0, 0, 0].nbytes // WORD_BYTES
+    # Held by this call: two threads that need a new table at once make two, and the cache keeps one.
+    factors = weights(num_bytes // WORD_BYTES, CPU)
     library.copy_blocks(
         group.data_ptr(), slab.data_ptr(), ids.data_ptr(), *words, group.shape[0], len(ids), run_words,
-        to_slab, weights(num_bytes // WORD_BYTES, CPU).data_ptr(), total.data_ptr(),
+        to_slab, factors.data_ptr(), total.data_ptr(),
     )  # fmt: skip
     return num_bytes, total
 

@@ -2,6 +2,7 @@
 
 import os
 import subprocess
+import weakref
 
 import pytest
 import torch
@@ -165,3 +166,27 @@ def test_a_cache_that_others_can_write_is_refused(monkeypatch, tmp_path):
     directory.chmod(0o777)
     with pytest.raises(PermissionError, match="written by others"):
         native_build._cache_directory()
+
+
+def test_a_copy_holds_the_weights_that_it_reads(monkeypatch):
+    """The cache may have another table by then: two threads that lack one make one each."""
+    made = []
+
+    def fresh(num_words, device):
+        table = checksums.weights(num_words, device).clone()
+        made.append(weakref.ref(table))
+        return table
+
+    class Library:
+        @staticmethod
+        def copy_blocks(*arguments):
+            assert made[-1]() is not None
+            library.copy_blocks(*arguments)
+
+    library = native._library
+    monkeypatch.setattr(native, "weights", fresh)
+    monkeypatch.setattr(native, "_library", Library)
+    group, slab = torch.randn(2, 2, 6, BLOCK_SIZE, 1, 4), torch.empty(1 << 12, dtype=torch.uint8)
+    num_bytes, total = native.gather_blocks_summed(group, [4, 1], 0, 2, slab)
+    assert summed_copies.unsigned(total) == checksums.checksum(slab[:num_bytes])
+    assert len(made) == 1
