@@ -60,6 +60,13 @@ BUGS = (
         (INJECTIONS, LINK_FAULTS),
     ),
     Bug(
+        "a rank's stripe can be another one's",
+        "kvtransfer/lanes.py",
+        "(2 * number + 1) * checksum",
+        "checksum",
+        ("tests/unit/worker/test_lanes.py",),
+    ),
+    Bug(
         "a frame of an ended transfer is scattered",
         "kvtransfer/receiver.py",
         "return self._live(frame) is not None",

@@ -63,21 +63,26 @@ class FakeThread:
             command(self._engine)
 
 
-class FakeEngine:
-    """A pool of its own, and requests that take its first free blocks."""
+def own_pool() -> LocalKvPool:
+    pool = LocalKvPool(
+        [KvGroupSpec(name="target", num_layers=3, num_kv_heads=1, head_dim=2, dtype="float32")],
+        num_blocks=NUM_BLOCKS,
+        block_size=4,
+        num_host_blocks=0,
+        device=torch.device("cpu"),
+    )
+    pool.groups[0].normal_()
+    return pool
 
-    def __init__(self) -> None:
+
+class FakeEngine:
+    """A pool of its own, or the first one of several ranks', and requests that take its first free blocks."""
+
+    def __init__(self, ranks: Any = None) -> None:
         tables = SimpleNamespace(num_blocks=NUM_BLOCKS)
-        pool = LocalKvPool(
-            [KvGroupSpec(name="target", num_layers=3, num_kv_heads=1, head_dim=2, dtype="float32")],
-            num_blocks=NUM_BLOCKS,
-            block_size=4,
-            num_host_blocks=0,
-            device=torch.device("cpu"),
-        )
-        pool.groups[0].normal_()
+        pool = own_pool() if ranks is None else ranks.pools[0]
         self.kv_cache = SimpleNamespace(pool=pool, groups=pool.groups, tables=tables)
-        self.model = SimpleNamespace(ranks=ONE_RANK)
+        self.model = SimpleNamespace(ranks=ranks or ONE_RANK)
 
     def enter(self, request: Any) -> None:
         request.rank = 0
@@ -87,9 +92,9 @@ class FakeEngine:
         return True
 
 
-def parts(name: str, facts: KvFacts = FACTS, transport: str = "auto") -> Any:
+def parts(name: str, facts: KvFacts = FACTS, transport: str = "auto", ranks: Any = None) -> Any:
     loop = asyncio.get_running_loop()
-    engine = FakeEngine()
+    engine = FakeEngine(ranks)
     bridge = SimpleNamespace(
         thread=FakeThread(engine), on_loop=loop.call_soon_threadsafe, call_roll=lambda: None
     )
@@ -161,10 +166,14 @@ class Intake:
 
 @asynccontextmanager
 async def pair(
-    sender_facts: KvFacts = FACTS, transports: tuple[str, str] = ("auto", "auto")
+    sender_facts: KvFacts = FACTS,
+    transports: tuple[str, str] = ("auto", "auto"),
+    receiver_facts: KvFacts = FACTS,
+    ranks: tuple[Any, Any] = (None, None),
 ) -> AsyncIterator[Any]:
     """A sender, a receiver, and the receiver's identity as gateways name it."""
-    sender, receiver = parts("p", sender_facts, transports[0]), parts("d", transport=transports[1])
+    sender = parts("p", sender_facts, transports[0], ranks[0])
+    receiver = parts("d", receiver_facts, transports[1], ranks[1])
     owner, intake = Owner(), Intake(receiver)
     receivers = DecodeLinks(receiver, intake)
     server = rpc.server([], max_message_bytes=1 << 20)
@@ -204,8 +213,8 @@ async def outcome(owner: Owner) -> tuple[str, str]:
         return await owner.events.get()
 
 
-async def move_three_blocks(both: Any, number: int = 1, layers: tuple[int, ...] = ()) -> None:
-    """A transfer in two chunks, each told of at these numbers of layers, equal at the other end."""
+async def send_three_blocks(both: Any, number: int = 1, layers: tuple[int, ...] = ()) -> Export:
+    """Offer a transfer in two chunks, each told of at these numbers of layers."""
     item = export(number, 10)
     both.intake.wanted[item.transfer_id] = SimpleNamespace(
         key="r", num_blocks=3, num_cached_tokens=0, block_tables=[]
@@ -219,11 +228,22 @@ async def move_three_blocks(both: Any, number: int = 1, layers: tuple[int, ...] 
         both.senders.advance(item)
     item.first_tokens = (FirstToken(choice=0, token_id=5),)
     both.senders.advance(item)
+    return item
+
+
+async def commit_three_blocks(both: Any, number: int = 1, layers: tuple[int, ...] = ()) -> None:
+    """The same, to its end."""
+    item = await send_three_blocks(both, number, layers)
     assert await outcome(both.owner) == ("sent", "")
     assert await outcome(both.owner) == ("committed", "")
     async with asyncio.timeout(5):
         commit = await both.intake.commits.get()
     assert commit.first_tokens == item.first_tokens
+
+
+async def move_three_blocks(both: Any, number: int = 1, layers: tuple[int, ...] = ()) -> None:
+    """The same; the blocks are equal at the other end."""
+    await commit_three_blocks(both, number, layers)
     source, target = (made.engine.kv_cache.groups[0] for made in (both.sender, both.receiver))
     assert torch.equal(target[:, :, :3], source[:, :, [7, 2, 9]])
 

@@ -23,7 +23,7 @@ from runtime.settings import WorkerSettings
 from worker.lanes import open as lane_open
 from worker.lanes.follower import FollowerLinks
 
-NUM_LAYERS, BLOCK_SIZE, HEAD_DIM, NUM_BLOCKS = 3, 4, 2, 8
+NUM_LAYERS, BLOCK_SIZE, HEAD_DIM, NUM_BLOCKS = 3, 4, 2, 16
 NUM_SLABS = 4
 DRAFT = KvGroupSpec(name="draft", num_layers=2, num_kv_heads=3, head_dim=4, dtype="float32")
 
