@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from kernels.checksums import UINT64_MASK
 from kvtransfer.head_plan import HeadRange, head_ranges
+from kvtransfer.messages import Welcome
 
 STRIPE_ALIGNMENT = 64
 """Slabs of a lane begin at multiples of it, as those of whole frames do."""
@@ -50,16 +51,15 @@ class Lane:
         return (self.whole_sizes if group else self.stripe_sizes)[size_index]
 
 
-def lanes_between(
-    num_kv_heads: int, frame_sizes: tuple[int, ...], sender_size: int, receiver_size: int
-) -> list[Lane]:
+def lanes_between(num_kv_heads: int, welcome: Welcome, sender_size: int, receiver_size: int) -> list[Lane]:
     """The lanes of a link between workers of so many ranks; both ends come to the same ones."""
+    whole_sizes = welcome.frame_sizes if welcome.num_groups > 1 else ()
     return [
         Lane(
             number,
             heads,
-            tuple(_stripe_size(size, heads.num_heads, num_kv_heads) for size in frame_sizes),
-            () if number else frame_sizes,
+            tuple(_stripe_size(size, heads.num_heads, num_kv_heads) for size in welcome.frame_sizes),
+            () if number else whole_sizes,
         )
         for number, heads in enumerate(head_ranges(num_kv_heads, sender_size, receiver_size))
     ]

@@ -295,6 +295,8 @@ class ReceiverLink:
             raise LinkViolation(f"ticket {header.ticket} was never issued")
         if not 0 <= header.size_index < len(self._sizes):
             raise LinkViolation(f"size index {header.size_index} of {len(self._sizes)}")
+        if not 0 <= header.group < len(self._facts.groups):
+            raise LinkViolation(f"group {header.group} of {len(self._facts.groups)}")
         if not self._slabs.num_free:
             raise LinkViolation("a frame without a credit")
         transfer = self._tickets.get(header.ticket)

@@ -5,9 +5,10 @@ import queue
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,6 +16,7 @@ from typing import Any
 
 import psutil
 import pytest
+import torch
 
 import tandem
 from engine.config import EngineConfig
@@ -35,7 +37,7 @@ from worker.lanes.stripes import Piece
 from worker.main import kv_facts
 
 MODEL = Path(tandem.__file__).parent / "demo_model"
-CONFIG = EngineConfig(num_blocks=256, max_model_len=512, prefix_cache=False)
+CONFIG = EngineConfig(dtype="float32", num_blocks=256, max_model_len=512, prefix_cache=False)
 NUM_SLABS = 4
 SLAB_BYTES = 1 << 18
 SIZES = frame_sizes(SLAB_BYTES)
@@ -44,10 +46,12 @@ SIZES = frame_sizes(SLAB_BYTES)
 class Worker:
     """An engine of so many ranks."""
 
-    def __init__(self, size: int) -> None:
-        self.ranks = start_ranks(MODEL, CONFIG, ["cpu"] * size, "worker.lanes.follower")
+    def __init__(self, size: int, devices: Sequence[str] = ()) -> None:
+        devices = devices or ["cpu"] * size
+        config = replace(CONFIG, device=devices[0])
+        self.ranks = start_ranks(MODEL, config, devices, "worker.lanes.follower")
         try:
-            self.engine = Engine(CONFIG, load_model(MODEL, CONFIG, ranks=self.ranks))
+            self.engine = Engine(config, load_model(MODEL, config, ranks=self.ranks))
         except BaseException:
             self.ranks.close()
             raise
@@ -179,6 +183,19 @@ def test_tokens_are_those_of_one_process(
     sender, receiver = (workers[name] for name in pair.split())
     with linked(sender, receiver, transport) as lanes:
         assert tokens_over(sender, receiver, lanes) == alone
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 4, reason="needs four GPUs")
+@pytest.mark.parametrize("transport", ["nccl", "shm"])
+def test_tokens_over_gpus_are_those_of_one_process(alone: list[int], transport: str) -> None:
+    sender, receiver = (Worker(2, [f"cuda:{first}", f"cuda:{first + 1}"]) for first in (0, 2))
+    try:
+        with linked(sender, receiver, transport) as lanes:
+            assert tokens_over(sender, receiver, lanes) == alone
+    finally:
+        for worker in (sender, receiver):
+            worker.ranks.close()
 
 
 def held(worker: Worker) -> list[tuple[int, int]]:

@@ -45,7 +45,7 @@ def _open(parts: WorkerParts, welcome: Welcome, exchange: Exchange, end: int, pe
     lanes = LinkLanes(next(_numbers), ranks, cache.pool.local)
     opening_of = partial(_opening, parts, welcome, end, own_size)
     try:
-        for lane in lanes_between(num_kv_heads, welcome.frame_sizes, *sizes):
+        for lane in lanes_between(num_kv_heads, welcome, *sizes):
             lanes.open(opening_of(lane), exchange, cache.groups[0].device)
     except BaseException:
         lanes.close()

@@ -87,6 +87,14 @@ def test_a_bad_header_is_a_violation_and_takes_no_slab(receiver, change):
     assert receiver.state_of(ID) is TransferState.RESERVED
 
 
+def test_a_header_of_a_group_that_does_not_travel_is_a_violation_though_its_ticket_is_dead(receiver):
+    """The size of what comes over a transport depends on the group."""
+    receiver.cancel(ID)
+    with pytest.raises(LinkViolation, match="group 2 of 2"):
+        receiver.on_message(replace(HEADER, group=2))
+    assert receiver.num_free_slabs == WELCOME.num_slabs
+
+
 def test_a_replayed_or_overlapping_header_is_a_violation(receiver):
     receiver.on_message(HEADER)
     for header in (HEADER, replace(HEADER, sequence=1)):

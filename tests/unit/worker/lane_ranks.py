@@ -144,7 +144,9 @@ def parts_of(ranks, num_kv_heads):
 
 def open_both(senders, receivers, num_kv_heads, slab_bytes=8192):
     """The lanes of both ends, over a transport named "local"."""
-    welcome = Welcome(epoch=1, transport="local", frame_sizes=frame_sizes(slab_bytes), num_slabs=NUM_SLABS)
+    welcome = Welcome(
+        epoch=1, transport="local", frame_sizes=frame_sizes(slab_bytes), num_slabs=NUM_SLABS, num_groups=2
+    )
     mail = [queue.SimpleQueue(), queue.SimpleQueue()]
 
     def exchange(end, blob):

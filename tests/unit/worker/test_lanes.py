@@ -3,6 +3,7 @@
 import itertools
 import threading
 from contextlib import contextmanager
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from engine.parallel.wire import Op
 from kernels import ops
 from kvtransfer.errors import TransportBroken
 from kvtransfer.lanes import fold_stripes, lanes_between
+from kvtransfer.messages import Welcome
 from kvtransfer.plan import frame_sizes
 from tests.unit.worker.lane_ranks import (
     BLOCK_SIZE,
@@ -225,7 +227,8 @@ def test_every_lane_holds_its_part_of_every_frame(sizes, heads):
     if any(max(heads, size) % min(heads, size) for size in sizes):
         pytest.skip("such ranks cannot share the heads")
     table = frame_sizes(4 << 20)
-    lanes = lanes_between(heads, table, *sizes)
+    welcome = Welcome(epoch=1, transport="local", frame_sizes=table, num_slabs=4, num_groups=2)
+    lanes = lanes_between(heads, welcome, *sizes)
     assert (lanes[0].heads.sender_rank, lanes[0].heads.receiver_rank) == (0, 0)
     assert len({(lane.heads.sender_rank, lane.heads.receiver_rank) for lane in lanes}) == len(lanes)
     for lane in lanes:
@@ -234,6 +237,11 @@ def test_every_lane_holds_its_part_of_every_frame(sizes, heads):
             assert lane.num_bytes(0, index) <= lane.slab_bytes <= table[0]
         assert lane.carries(1) == (lane.number == 0)
     assert [lanes[0].num_bytes(1, index) for index in range(len(table))] == list(table)
+    alone = lanes_between(heads, replace(welcome, num_groups=1), *sizes)
+    assert not any(lane.carries(1) for lane in alone)
+    own = [lane.slab_bytes for lane in alone if lane.heads.receiver_rank == 0]
+    assert sum(own) * min(heads, sizes[1]) >= table[0]
+    assert (sum(own) - 64 * len(own)) * min(heads, sizes[1]) <= table[0]
 
 
 def test_the_wires_operations_are_numbered_once():
