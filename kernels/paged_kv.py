@@ -24,7 +24,8 @@ def copy_blocks(group: Tensor, source_ids: Sequence[int], target_ids: Sequence[i
 
     group: [num_layers, 2, num_blocks, block_size, num_kv_heads, head_dim].
     """
-    group.index_copy_(2, _index(target_ids, group), group.index_select(2, _index(source_ids, group)))
+    blocks = _movable(group)
+    blocks.index_copy_(2, _index(target_ids, group), blocks.index_select(2, _index(source_ids, group)))
 
 
 def gather_blocks(
@@ -36,7 +37,7 @@ def gather_blocks(
     [slab_bytes]. The payload is contiguous [num_layers, 2, len(block_ids), block_size, num_kv_heads,
     head_dim] in the group's dtype.
     """
-    layers = group.narrow(0, first_layer, num_layers)
+    layers = _movable(group).narrow(0, first_layer, num_layers)
     payload = _payload(layers, len(block_ids), slab)
     torch.index_select(layers, 2, _index(block_ids, group), out=payload)
     return payload.nbytes
@@ -46,10 +47,15 @@ def scatter_blocks(
     group: Tensor, block_ids: Sequence[int], first_layer: int, num_layers: int, slab: Tensor
 ) -> int:
     """Copy a payload of `gather_blocks` from the start of a slab into blocks; returns its bytes."""
-    layers = group.narrow(0, first_layer, num_layers)
+    layers = _movable(group).narrow(0, first_layer, num_layers)
     payload = _payload(layers, len(block_ids), slab)
     layers.index_copy_(2, _index(block_ids, group), payload)
     return payload.nbytes
+
+
+def _movable(group: Tensor) -> Tensor:
+    """As a type that torch copies by index on every device: float8 is none on GPUs."""
+    return group.view(torch.uint8) if group.element_size() == 1 else group
 
 
 def _payload(layers: Tensor, num_blocks: int, slab: Tensor) -> Tensor:

@@ -37,6 +37,8 @@ SHAPES = {
 """The host waits for them: the size of a result, or a verdict, depends on data."""
 MIXABLE = {"index", "index_put_", "_index_put_impl_"}
 """Indices on the host are sent by torch itself."""
+NOT_FOR_FLOAT8 = {"index_select", "index_copy_", "index_put_"}
+"""Of torch 2.11 on a GPU."""
 WITHOUT_DEVICE = {"lift_fresh", "detach_", "detach", "alias"}
 
 
@@ -127,10 +129,10 @@ class Device(TorchDispatchMode):
             kwargs = {**kwargs, "pin_memory": False}
             if not goes_there:
                 return self._pin(_plain(func, args, kwargs))
+        if name in COPIES and (on_device or _device_of(name, args, kwargs) == "cuda"):
+            return self._copy(func, name, args, kwargs)
         if not on_device and not goes_there:
             return func(*args, **kwargs)
-        if name in COPIES:
-            return self._copy(func, name, args, kwargs)
         if name not in WITHOUT_DEVICE and target is None:
             self._check(name, given, on_device)
         if target is not None and not goes_there:  # torch.empty_like(x, device="cpu")
@@ -145,6 +147,8 @@ class Device(TorchDispatchMode):
             if name not in MIXABLE:
                 raise MixedDevices(f"{name}: expected all tensors to be on the same device")
             self.wait("upload")
+        if name in NOT_FOR_FLOAT8 and any(map(_is_float8, given)):
+            raise NotImplementedError(f"{name} of float8")
         if name in READS:
             self.wait("read")
         masks = [each for each in on_device[1:] if each.dtype == torch.bool] if name in MIXABLE else []
@@ -236,7 +240,10 @@ def poison(result):
 
 
 def device_guard():
-    """Lets torch's own device guards pass in a build without CUDA: a CPU's guard, which does nothing."""
+    """Lets torch's own device guards pass in a build without CUDA: a CPU's guard, which does nothing.
+
+    It does not know the current device either: devices are named with their number, "cuda:0".
+    """
     library = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libc10.so"))
     return (ctypes.c_void_p * 2).in_dll(library, "_ZN3c104impl26device_guard_impl_registryE")
 
@@ -268,6 +275,10 @@ def _device_of(name, args, kwargs):
 
 def _place_of(tensor):
     return tensor.untyped_storage().data_ptr()
+
+
+def _is_float8(tensor):
+    return tensor.dtype.is_floating_point and tensor.dtype.itemsize == 1
 
 
 def _is_view(func):

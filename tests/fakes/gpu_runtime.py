@@ -93,7 +93,7 @@ def run_launch(launch):
     for name, each in tensors.items():
         assert isinstance(each, DeviceTensor), f"{launch.kernel.fn.__name__}: {name} is on the host"
     for extent, most in zip(launch.grid, (2**31 - 1, 65535, 65535), strict=False):
-        assert 0 < extent <= most, f"{launch.kernel.fn.__name__}: grid {launch.grid}"
+        assert 0 <= extent <= most, f"{launch.kernel.fn.__name__}: grid {launch.grid}"
     device.launches[launch.kernel.fn.__name__] += 1
     device.variants.add(variant(launch))
     args = {name: each.host if name in tensors else each for name, each in launch.args.items()}

@@ -13,6 +13,7 @@ from engine.config import EngineConfig
 from engine.engine import Engine
 from engine.loader import load_model
 from engine.request import Request, RequestState, SamplingParams
+from kernels import ops
 from kernels.triton_launch import INTERPRETED
 from tests.fakes.gpu import ROOT, IllegalInCapture, MixedDevices
 from tests.fakes.gpu_runtime import gpu
@@ -137,6 +138,14 @@ def test_some_of_the_heads_go_to_slabs_and_back(checkpoint):
             assert torch.equal(group[1:, :, [2, 4], :, 1:], group[1:, :, [6, 0], :, 1:])
             assert not torch.equal(group[1:, :, [2, 4], :, :1], group[1:, :, [6, 0], :, :1])
             group[1:, :, [6, 0]] = 0
+
+
+def test_blocks_of_float8_are_copied_as_bytes():
+    with gpu():
+        group = torch.randn(1, 2, 5, 4, 2, 8).to(torch.float8_e4m3fn).to("cuda:0")
+        ops.copy_blocks(group, [0, 1], [3, 4])
+        host = group.host.view(torch.uint8)
+        assert torch.equal(host[:, :, [0, 1]], host[:, :, [3, 4]])
 
 
 def test_the_pool_gets_what_the_largest_step_leaves(draft_checkpoint):
