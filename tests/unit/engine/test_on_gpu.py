@@ -4,6 +4,7 @@ import os
 import random
 import subprocess
 import sys
+from contextlib import nullcontext
 from unittest import mock
 
 import pytest
@@ -51,9 +52,10 @@ def requests(kinds, max_tokens=3):
     ]
 
 
-def engine_on(device, path, **settings):
+def engine_on(device, path, *, warmed_up=False, **settings):
     config = EngineConfig(**{**SIZE, "device": device, **settings})
-    return Engine(config, load_model(path, config))
+    with nullcontext() if warmed_up else mock.patch("engine.runner.warm_up"):
+        return Engine(config, load_model(path, config))
 
 
 def run(engine, *wanted):
@@ -67,7 +69,7 @@ def run(engine, *wanted):
 def on_both(path, kinds, **settings):
     """The tokens from a CPU and from the device, and the device."""
     expected = run(engine_on("cpu", path, **settings), *requests(kinds))
-    with gpu() as device, mock.patch("engine.runner.warm_up"):
+    with gpu() as device:
         return expected, run(engine_on("cuda:0", path, **settings), *requests(kinds)), device
 
 
@@ -97,7 +99,7 @@ def test_verification_by_rejection(checkpoint, draft_checkpoint):
 
 
 def test_what_an_eager_decode_step_waits_for(draft_checkpoint):
-    with gpu() as device, mock.patch("engine.runner.warm_up"):
+    with gpu() as device:
         engine = engine_on("cuda:0", draft_checkpoint, cuda_graphs="off", overlap="off")
         for request in (wanted := requests([{}] * 4, max_tokens=9)):
             engine.submit(request)
@@ -217,7 +219,7 @@ def test_no_kernel_is_compiled_while_requests_wait(long_checkpoint, name):
     if name in ("draft", "rejection"):
         settings |= {"speculative": "draft", "draft_model": long_checkpoint}
     with gpu(dry=True) as device:
-        engine = engine_on("cuda:0", long_checkpoint, **settings)
+        engine = engine_on("cuda:0", long_checkpoint, warmed_up=True, **settings)
         compiled = set(device.variants)
         busy(engine, prefill_only=name == "prefill worker")
         assert device.variants <= compiled
