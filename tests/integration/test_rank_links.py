@@ -15,8 +15,8 @@ from tests.integration.test_links import commit_three_blocks, moved, outcome, pa
 from tests.unit.worker.lane_ranks import BLOCK_SIZE, HEAD_DIM, NUM_BLOCKS, NUM_LAYERS, Ranks, facts_of
 from worker.lanes import follower, link_lanes
 from worker.lanes.opening import Opening
+from worker.lanes.transports import Exchange, open_transport
 from worker.link_messages import Message, to_request, to_response
-from worker.transports import Exchange, open_transport
 
 NUM_KV_HEADS = 4
 WHOLE = (NUM_LAYERS, 2, NUM_BLOCKS, BLOCK_SIZE, NUM_KV_HEADS, HEAD_DIM)

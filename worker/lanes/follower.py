@@ -30,7 +30,7 @@ from worker.lanes.line import Line
 from worker.lanes.opening import Opening
 from worker.lanes.own import OwnLanes, Sends
 from worker.lanes.stripes import Piece, to_arrays
-from worker.transports import open_transport
+from worker.lanes.transports import open_transport
 
 logger = logging.getLogger(__name__)
 

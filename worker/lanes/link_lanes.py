@@ -23,7 +23,7 @@ from worker.lanes.line import Line
 from worker.lanes.opening import Opening
 from worker.lanes.own import OwnLanes, Sends
 from worker.lanes.stripes import Piece, checksums_in
-from worker.transports import Exchange, open_transport
+from worker.lanes.transports import Exchange, open_transport
 
 ANSWER_TIMEOUT_S = LINK_TIMEOUT_S + 1.0
 """For another rank's answer; its own waits for its peer end before."""

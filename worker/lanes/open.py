@@ -10,8 +10,8 @@ from kvtransfer.messages import Welcome
 from worker.control_stream import ControlStream
 from worker.lanes.link_lanes import LinkLanes
 from worker.lanes.opening import Opening
+from worker.lanes.transports import Exchange
 from worker.main import WorkerParts
-from worker.transports import Exchange
 
 _numbers = itertools.count(1)
 """Of this process's links, for its other ranks."""

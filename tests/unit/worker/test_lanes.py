@@ -26,7 +26,7 @@ from tests.unit.worker.lane_ranks import (
     open_both,
 )
 from worker.lanes.stripes import Piece
-from worker.transports import OPENERS
+from worker.lanes.transports import OPENERS
 
 SIZES = (1, 2, 4)
 HEADS = (1, 2, 4, 8)
