@@ -5,8 +5,10 @@ import random
 import signal
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+
+import psutil
 
 from tests.e2e.harness import Up, eventually
 
@@ -19,12 +21,14 @@ LONG_STALL_S = 4.0
 
 @dataclass(frozen=True)
 class Victim:
-    """A live worker."""
+    """A process of a live worker."""
 
     worker_id: str
     pid: int
     num_attempts: int
     """On it when it was chosen."""
+    rank: int = 0
+    """Whose process that is."""
 
 
 def process_state(pid: int) -> str | None:
@@ -62,7 +66,16 @@ FAULTS: dict[str, Callable[[int], None]] = {
 
 
 def choose_victim(up: Up, role: str, rng: random.Random) -> Victim:
-    """One worker of the role, a busy one if there is one."""
+    """One worker of the role, a busy one if there is one; of several ranks any of them."""
     found = [Victim(w["id"], w["pid"], w["attempts"]) for w in up.workers(role)]
     busy = [victim for victim in found if victim.num_attempts]
-    return rng.choice(sorted(busy or found, key=lambda victim: victim.worker_id))
+    chosen = rng.choice(sorted(busy or found, key=lambda victim: victim.worker_id))
+    ranks = [chosen.pid, *other_ranks(chosen.pid)]
+    number = rng.randrange(len(ranks)) if len(ranks) > 1 else 0
+    return replace(chosen, pid=ranks[number], rank=number)
+
+
+def other_ranks(pid: int) -> list[int]:
+    """Processes of a worker's ranks behind the first."""
+    children = psutil.Process(pid).children()
+    return [child.pid for child in children if "worker.lanes.follower" in child.cmdline()]

@@ -169,7 +169,7 @@ class Faults:
         FAULTS[kind](victim.pid)
         at = time.monotonic() - self._start_s
         self._report.faults.append(
-            f"{at:6.1f} s: {kind} of {victim.worker_id} with {victim.num_attempts} attempts"
+            f"{at:6.1f} s: {kind} of {victim.worker_id}, rank {victim.rank}, with {victim.num_attempts} attempts"
         )
 
     def _draw(self) -> tuple[str, str]:
@@ -219,8 +219,11 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seconds", type=float, default=60)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--ranks", type=int, default=1, help="of each worker")
     arguments = parser.parse_args()
-    up = Up("--prefill=2", "--decode=2")
+    up = Up(
+        "--prefill=2", "--decode=2", *(f"--{role}-tp={arguments.ranks}" for role in ("prefill", "decode"))
+    )
     try:
         report = soak(up, seconds=arguments.seconds, seed=arguments.seed)
         print(report)
