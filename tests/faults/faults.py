@@ -30,6 +30,9 @@ class Victim:
     rank: int = 0
     """Whose process that is."""
 
+    def __str__(self) -> str:
+        return f"{self.worker_id}, rank {self.rank}," if self.rank else self.worker_id
+
 
 def process_state(pid: int) -> str | None:
     """The letter in /proc/PID/stat; None if there is no such process."""

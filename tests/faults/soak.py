@@ -168,9 +168,7 @@ class Faults:
             kind = "long stall"
         FAULTS[kind](victim.pid)
         at = time.monotonic() - self._start_s
-        self._report.faults.append(
-            f"{at:6.1f} s: {kind} of {victim.worker_id}, rank {victim.rank}, with {victim.num_attempts} attempts"
-        )
+        self._report.faults.append(f"{at:6.1f} s: {kind} of {victim} with {victim.num_attempts} attempts")
 
     def _draw(self) -> tuple[str, str]:
         if not self._deck:

@@ -7,6 +7,8 @@ from functools import partial
 from kvtransfer.head_plan import stored_heads
 from kvtransfer.lanes import SENDER, Lane, lanes_between
 from kvtransfer.messages import Welcome
+from runtime.errors import Unavailable
+from runtime.limits import LINK_TIMEOUT_S
 from worker.control_stream import ControlStream
 from worker.lanes.link_lanes import LinkLanes
 from worker.lanes.opening import Opening
@@ -20,7 +22,7 @@ _numbers = itertools.count(1)
 async def open_lanes(
     parts: WorkerParts, welcome: Welcome, stream: ControlStream, *, end: int, peer_size: int
 ) -> LinkLanes:
-    """This end's lanes to a worker of so many ranks. Raises TransportBroken.
+    """This end's lanes to a worker of so many ranks. Raises TransportBroken; Unavailable if the peer hangs.
 
     Whoever is cancelled meanwhile leaves a thread behind, at whose end they are closed.
     """
@@ -47,6 +49,9 @@ def _open(parts: WorkerParts, welcome: Welcome, exchange: Exchange, end: int, pe
     try:
         for lane in lanes_between(num_kv_heads, welcome, *sizes):
             lanes.open(opening_of(lane), exchange, cache.groups[0].device)
+    except TimeoutError as error:
+        lanes.close()
+        raise Unavailable(f"no rendezvous within {LINK_TIMEOUT_S} s", retryable=True) from error
     except BaseException:
         lanes.close()
         raise

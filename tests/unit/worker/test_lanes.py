@@ -14,6 +14,7 @@ from kvtransfer.errors import TransportBroken
 from kvtransfer.lanes import fold_stripes, lanes_between
 from kvtransfer.messages import Welcome
 from kvtransfer.plan import frame_sizes
+from runtime.errors import Unavailable
 from tests.unit.worker.lane_ranks import (
     BLOCK_SIZE,
     DRAFT,
@@ -24,7 +25,9 @@ from tests.unit.worker.lane_ranks import (
     LocalWires,
     Ranks,
     open_both,
+    parts_of,
 )
+from worker.lanes import open as lane_open
 from worker.lanes.stripes import Piece
 from worker.lanes.transports import OPENERS
 
@@ -187,6 +190,24 @@ def test_a_lane_that_cannot_be_opened_leaves_none(wires, monkeypatch):
     with pytest.raises(TransportBroken):
         wires.pairs[0][0].start_send(torch.zeros(1, dtype=torch.uint8))
     senders.close()
+    receivers.close()
+
+
+def test_a_peer_that_does_not_answer_is_unavailable_and_leaves_no_lane(wires):
+    receivers = Ranks(4, 2)
+    welcome = Welcome(epoch=1, transport="local", frame_sizes=frame_sizes(8192), num_slabs=NUM_SLABS)
+    answers = iter([b"0"])
+
+    def exchange(blob):
+        for answer in answers:
+            return answer
+        raise TimeoutError
+
+    with pytest.raises(Unavailable, match="no rendezvous within"):
+        lane_open._open(parts_of(receivers, 4), welcome, exchange, 1, 2)
+    wait_until_served(receivers)
+    with pytest.raises(TransportBroken):
+        wires.pairs[0][0].start_send(torch.zeros(1, dtype=torch.uint8))
     receivers.close()
 
 
