@@ -18,6 +18,7 @@ from kernels.paged_batch import FEW_QUERIES, AttentionKind, PagedBatch
 from kernels.triton_attention import (
     attend,
     check_operands,
+    compute_capability,
     num_multiprocessors,
     operand_dtype,
     padded_head_dim,
@@ -274,7 +275,7 @@ def _decode_constexprs(q: Tensor, kv_layer: Tensor, batch: PagedBatch, kind: Att
     return {
         "GROUP": group_size,
         "MAX_QUERY_LEN": batch.max_query_len,
-        "ROWS": max(16, triton.next_power_of_2(group_size * batch.max_query_len)),
+        "ROWS": _tile_rows(q, kv_layer, batch),
         "BLOCK_SIZE": kv_layer.shape[2],
         "SOFT_CAP": kind.soft_cap or 0.0,
         "DTYPE": operand_dtype(q),
@@ -282,10 +283,18 @@ def _decode_constexprs(q: Tensor, kv_layer: Tensor, batch: PagedBatch, kind: Att
     }
 
 
+def _tile_rows(q: Tensor, kv_layer: Tensor, batch: PagedBatch) -> int:
+    """Query heads of one tile."""
+    num_rows: int = triton.next_power_of_2(q.shape[1] // kv_layer.shape[3] * batch.max_query_len)
+    return max(16, num_rows)
+
+
 def default_tiling(q: Tensor, kv_layer: Tensor, batch: PagedBatch) -> DecodeTiling:
     """By capacities only: the same for all steps of a captured graph."""
     step_bytes = padded_head_dim(q.shape[2]) * kv_layer.element_size()
     tile = min(max(TILE_BYTES // step_bytes, 16), 64)
+    if _tile_rows(q, kv_layer, batch) > 32 and not 90 <= compute_capability(q.device) < 120:
+        tile = min(tile, 32)  # so many queries beside it: there may be no more than 99 KiB of shared memory
     min_split_len = max(DecodeTiling.min_split_len, tile)
     programs = PROGRAMS_PER_MULTIPROCESSOR * num_multiprocessors(q.device)
     wanted = programs // (kv_layer.shape[3] * batch.num_seqs)

@@ -207,3 +207,21 @@ def test_the_default_tiling_fits_its_bounds(num_seqs, max_context_len):
         assert tiling.num_splits * 8 >= 132
     if max_context_len < 256 or num_seqs == 256:
         assert tiling.num_splits == 1
+
+
+@pytest.mark.parametrize(("num_q_heads", "tile"), [(4, 64), (8, 32), (16, 32)])
+def test_many_query_rows_leave_room_for_smaller_tiles_on_small_gpus(monkeypatch, num_q_heads, tile):
+    """By compilation for sm_86, which has 99 KiB: 64 rows beside tiles of 64 keys take 112."""
+    q = torch.empty(8, num_q_heads, 128, dtype=torch.bfloat16, device="meta")
+    kv_layer = torch.empty(2, 8, 16, 1, 128, dtype=torch.bfloat16, device="meta")
+    integers = torch.empty(2, dtype=torch.int32, device="meta")
+    batch = PagedBatch(
+        cu_query_lens=integers,
+        context_lens=integers[:1],
+        block_tables=integers.view(1, 2),
+        max_query_len=8,
+        max_context_len=32,
+    )
+    assert default_tiling(q, kv_layer, batch).tile == 64
+    monkeypatch.setattr("kernels.triton_decode_attention.compute_capability", lambda device: 86)
+    assert default_tiling(q, kv_layer, batch).tile == tile
