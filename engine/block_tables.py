@@ -61,6 +61,11 @@ class BlockTables:
         return min(pool.num_free + pool.num_idle for pool in self.pools)
 
     @property
+    def num_landing(self) -> int:
+        """At most so many more can be allocated, in every group, when what is on its way has landed."""
+        return sum(len(tables[0]) for tables in self._landing)
+
+    @property
     def num_used(self) -> int:
         """Blocks that requests hold, in the fullest group."""
         return max(pool.num_used for pool in self.pools)
@@ -178,7 +183,7 @@ class BlockTables:
 
     def _give_back(self, request: Request, tables: Sequence[Sequence[int]]) -> None:
         """Free these blocks of a request, group by group; while a step reads or writes them, later."""
-        if request in self._in_flight:
+        if tables and request in self._in_flight:
             self._landing.append(tables)
         else:
             self._release(tables)

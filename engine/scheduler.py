@@ -266,18 +266,21 @@ class Scheduler:
         return _whole_groups(self.decode.running, seats)
 
     def _make_room(self, request: Request, max_cached_tokens: int, promised_blocks: int = 0) -> None:
-        """Displace running requests of later bands, the last first, if that lets the request in."""
+        """Displace running requests of later bands, the last first, if that lets the request in.
+
+        What lands is as good as free here: until then the request waits, and nobody else need go for it.
+        """
         running = self.decode.running
         if not running or running[-1].rank[0] <= request.rank[0]:
             return
         later = [each for each in running if each.rank[0] > request.rank[0]]
         gain = sum(len(each.block_tables[0]) + 1 for each in later)
-        free = self.tables.num_free - promised_blocks - len(running)
+        free = self.tables.num_free + self.tables.num_landing - promised_blocks - len(running)
         num_active = self._num_active - len(later) + request.num_seats
         has_seat = self.policy.pauses or num_active <= self.max_active
         if not has_seat or self.tables.cost(request, max_cached_tokens) > free + gain:
             return
-        while later and not self._fits(request, max_cached_tokens, promised_blocks):
+        while later and not self._fits(request, max_cached_tokens, promised_blocks - self.tables.num_landing):
             if self.policy.pauses and self._preemption.mode(later[-1]) is not PreemptionMode.SWAP:
                 return
             self._displace(later.pop())

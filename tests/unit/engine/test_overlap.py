@@ -133,3 +133,34 @@ def test_a_fault_in_one_request_ends_it_alone(overlapping, make_engine, make_req
 )
 def test_steps_go_in_order_where_they_must(make_engine, config):
     assert make_engine(**config)._runner.flights is None
+
+
+@pytest.fixture
+def crowded(make_engine, make_request):
+    """Four running requests of the last rank in flight, who fill the pool, and one of the first rank."""
+    engine = make_engine(overlap="on", num_blocks=24, scheduling_policy="priority", swap_space_bytes=0)
+    running = [make_request(10 + i, max_tokens=30) for i in range(4)]
+    for request in running:
+        engine.submit(request)
+    while not (engine._pipeline.in_flight and all(each.state is RequestState.RUNNING for each in running)):
+        engine.step()
+    first = make_request(30)
+    first.priority = 1
+    return engine, running, first
+
+
+def test_no_more_requests_make_room_than_must_while_their_blocks_land(crowded):
+    engine, running, first = crowded
+    while not engine.reserve(first):
+        assert engine._pipeline.in_flight
+        engine.step()
+    assert [request.state for request in running].count(RequestState.WAITING) == 1
+
+
+def test_a_request_may_be_displaced_and_aborted_in_one_flight(crowded):
+    engine, running, first = crowded
+    assert not engine.reserve(first)
+    [displaced] = [request for request in running if request.state is RequestState.WAITING]
+    engine.abort(displaced.key)
+    engine.step()
+    assert engine.reserve(first)
