@@ -28,7 +28,7 @@ logger = logging.getLogger(__name__)
 SHORTEST_CONTEXT = 256
 """Attention does not cut shorter ones; it cuts into powers of two."""
 
-MAX_DRAFT_TOKENS = 8
+VERIFIED_DRAFT_TOKENS = 8
 """Of a request, as far as its verification is gone through."""
 
 TRUNCATED = SamplingParams(max_tokens=1, top_k=2, top_p=0.5)
@@ -109,7 +109,7 @@ def _draw(vocab_size: int, device: torch.device, num_rows: int, params: Sampling
 
 def _verify(vocab_size: int, device: torch.device, num_requests: int) -> None:
     """Drafts of one token, of few requests also of as many as they are; with and without own logits."""
-    for num_drafts in {1, num_requests if num_requests <= MAX_DRAFT_TOKENS else 1}:
+    for num_drafts in {1, num_requests if num_requests <= VERIFIED_DRAFT_TOKENS else 1}:
         draft_ids = torch.zeros(num_requests, num_drafts, dtype=torch.int64, device=device)
         keys = torch.zeros(num_requests, dtype=torch.int64, device=device)
         target = torch.zeros(num_requests * (num_drafts + 1), vocab_size, device=device)

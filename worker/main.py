@@ -23,7 +23,7 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from engine.config import EngineConfig, usual_batched_tokens, usual_layer_stream_threshold
 from engine.engine import Engine
 from engine.loader import load_model
-from engine.parallel.start import start_ranks
+from engine.parallel.start import start_ranks, starting
 from kvtransfer.layout import KvFacts, KvGroup
 from protos.tandem.v1 import common_pb2, registry_pb2
 from runtime import admin_http, ledger, rpc
@@ -138,11 +138,8 @@ def _load_engine(kind: common_pb2.WorkerRole, settings: WorkerSettings) -> tuple
         linked_memory_bytes=link_memory_bytes(settings, names[0]),
     )
     ranks = start_ranks(path, config, names, module="worker.lanes.follower")
-    try:
+    with starting(ranks):
         engine = Engine(config, load_model(path, config, ranks=ranks, progress=_Progress(path)))
-    except BaseException:
-        ranks.close()
-        raise
     return engine, file_hash(path / "tokenizer.json")
 
 

@@ -34,7 +34,6 @@ from engine.parallel.wire import Channel, Inputs, Ints, Message, Op, encode, raw
 from engine.step.spec import StepSpec
 from engine.step.step_ranks import StepRanks
 from kernels.attention import AttentionBatch
-from runtime.errors import StartupError
 from runtime.limits import RANK_TIMEOUT_S
 
 logger = logging.getLogger(__name__)
@@ -62,15 +61,13 @@ class Leader:
         self._reason = ""
 
     def lead_model(self, module: Llama, vocab_size: int) -> Decoder:
-        """See Ranks. Waits until every follower has its shard; StartupError if one cannot start."""
+        """See Ranks. Waits until every follower has its shard; RankLost if one cannot start."""
         try:
             for member in self.members:
                 member.commands.set_timeout(LOAD_TIMEOUT_S)
                 member.commands.expect(Op.READY)
                 member.commands.set_timeout(START_TIMEOUT_S)
             group = self._group = open_group(self._store, self.shard, self._device)
-        except RankLost as error:
-            raise StartupError(f"--tensor-parallel-size {self.shard.size}: {error}") from error
         finally:
             shutil.rmtree(self._store.parent, ignore_errors=True)
         parallelize(module, self.shard, group, vocab_size)

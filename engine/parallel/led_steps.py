@@ -19,7 +19,6 @@ import torch
 from torch import Tensor
 
 from engine.models.decoder import Decoder
-from engine.parallel.errors import RankLost
 from engine.parallel.groups import Group
 from engine.parallel.led_pool import Commander
 from engine.parallel.wire import Message, Op
@@ -27,7 +26,6 @@ from engine.step.decode_step import DecodeStep, FollowingStep
 from engine.step.graphs import StepGraphs, recorder_for
 from engine.step.shapes import StepShape
 from engine.step.spec import StepSpec
-from runtime.errors import StartupError
 
 
 class LedSteps:
@@ -42,12 +40,9 @@ class LedSteps:
     @contextmanager
     def recording(self) -> Iterator[None]:
         """See StepRanks."""
-        try:
-            self._leader.tell(Op.RECORD_STEPS, *self._spec.arrays())
-            with self._leader.leading():
-                yield
-        except RankLost as error:
-            raise StartupError(f"--tensor-parallel-size {self._leader.shard.size}: {error}") from error
+        self._leader.tell(Op.RECORD_STEPS, *self._spec.arrays())
+        with self._leader.leading():
+            yield
 
     def change(self, changes: Tensor) -> None:
         """See StepRanks."""

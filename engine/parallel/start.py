@@ -5,13 +5,15 @@ import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 
 from engine.config import EngineConfig
 from engine.models.config import read_config
+from engine.parallel.errors import RankLost
 from engine.parallel.follower import Start
 from engine.parallel.leader import Leader
 from engine.parallel.member import Member
@@ -19,6 +21,7 @@ from engine.parallel.ranks import ONE_RANK, Ranks
 from engine.parallel.shard import require_divisible
 from engine.parallel.wire import Channel, Op, encode
 from runtime.config import ENV_PREFIX
+from runtime.errors import StartupError
 from runtime.limits import RANK_TIMEOUT_S
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -53,6 +56,19 @@ def start_ranks(
         ).to_json()
         member.commands.send(encode(Op.START, num_payload_bytes=len(start)), start)
     return Leader(members, store, torch.device(devices[0]))
+
+
+@contextmanager
+def starting(ranks: Ranks) -> Iterator[None]:
+    """Around all that makes an engine of ranks: if it fails they end, and a lost one is a StartupError."""
+    try:
+        yield
+    except RankLost as error:
+        ranks.close()
+        raise StartupError(f"--tensor-parallel-size {ranks.shard.size}: {error}") from error
+    except BaseException:
+        ranks.close()
+        raise
 
 
 def _start(rank: int, module: str) -> Member:

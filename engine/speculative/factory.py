@@ -105,7 +105,7 @@ def speculation_with(
 def longest_draft(config: EngineConfig, proposer: Proposer) -> int:
     """Where the length is chosen step by step: what is longer than captured steps has to pay for launches."""
     most = proposer.max_draft_tokens
-    return min(most, step_factory.MAX_DRAFT_TOKENS) if step_factory.captures(config) else most
+    return min(most, step_factory.CAPTURED_DRAFT_TOKENS) if step_factory.captures(config) else most
 
 
 def clock_of(device: str) -> Callable[[], float]:

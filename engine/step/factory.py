@@ -19,7 +19,7 @@ from runtime.clock import SystemClock
 
 logger = logging.getLogger(__name__)
 
-MAX_DRAFT_TOKENS = 7
+CAPTURED_DRAFT_TOKENS = 7
 """Of a captured step where the number of draft tokens is chosen step by step."""
 
 
@@ -105,7 +105,6 @@ def padded_sizes(config: EngineConfig) -> Sequence[int]:
 
 
 def _widths(config: EngineConfig) -> list[int]:
-    max_draft_tokens = 0
-    if config.speculative != "off":
-        max_draft_tokens = MAX_DRAFT_TOKENS if config.num_draft_tokens is None else config.num_draft_tokens
-    return widths(max_draft_tokens)
+    if config.speculative == "off":
+        return widths(0)
+    return widths(CAPTURED_DRAFT_TOKENS if config.num_draft_tokens is None else config.num_draft_tokens)

@@ -138,7 +138,8 @@ class StepInputs:
         none. What of the batch can be in the row where it was the last time costs less.
 
         Returns the bytes that the step reads, for another rank's `take`. `changed` gets, as soon as they are
-        sent, bytes for another rank's `take_changes`, which come before. Both are valid until two later ones.
+        sent, bytes for another rank's `take_changes`, which come before. Both lie in a stage: they are valid
+        until it is its turn again.
         """
         self._change_tables(spans, changed)
         self._draw_rows[self._buffers.turn].write(draws)

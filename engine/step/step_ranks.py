@@ -19,10 +19,7 @@ class StepRanks(Protocol):
     """This rank's part of the model: what a step runs, collective operations included."""
 
     def recording(self) -> AbstractContextManager[None]:
-        """Around the recording of every shape, which all ranks do at the same time in the same order.
-
-        StartupError if a rank is lost.
-        """
+        """Around the recording of every shape, which all ranks do at the same time in the same order."""
         ...
 
     def change(self, changes: Tensor) -> None:

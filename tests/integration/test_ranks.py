@@ -15,7 +15,7 @@ from engine.loader import load_model
 from engine.parallel.errors import RankLost
 from engine.parallel.leader import Leader
 from engine.parallel.ranks import ONE_RANK
-from engine.parallel.start import start_ranks
+from engine.parallel.start import start_ranks, starting
 from engine.request import Request, SamplingParams
 from runtime.clock import SystemClock
 from runtime.errors import StartupError
@@ -131,12 +131,10 @@ def test_a_follower_that_cannot_start_is_an_error_of_one_line() -> None:
     ranks = start()
     [member] = ranks.members
     assert member.process is not None
-    try:
-        member.process.kill()
-        with pytest.raises(StartupError, match=r"--tensor-parallel-size 2: .* rank 1 \(pid \d+\) has ended"):
-            load_model(MODEL, CONFIG, ranks=ranks)
-    finally:
-        ranks.close()
+    member.process.kill()
+    message = r"--tensor-parallel-size 2: .* rank 1 \(pid \d+\) has ended"
+    with pytest.raises(StartupError, match=message), starting(ranks):
+        load_model(MODEL, CONFIG, ranks=ranks)
     assert member.process.returncode == -signal.SIGKILL
 
 

@@ -18,6 +18,7 @@ from engine.parallel.follower import Follower
 from engine.parallel.groups import GlooGroup, open_group
 from engine.parallel.leader import Leader
 from engine.parallel.led_steps import FollowedSteps
+from engine.parallel.start import starting
 from engine.parallel.wire import Channel, Op
 from engine.step import factory, graphs
 from engine.step.buffers import StagedBuffers
@@ -367,7 +368,23 @@ def test_a_rank_that_is_lost_while_steps_are_recorded_is_an_error_of_one_line(
     monkeypatch.setattr(Reruns, "record", refusing(Reruns.record))
     with parallel_model(checkpoint, OVERLAPPED, 2, tmp_path / "ranks") as model:
         lose_patience(model)
-        with pytest.raises(StartupError, match="--tensor-parallel-size 2: "):
+        with pytest.raises(StartupError, match="--tensor-parallel-size 2: "), starting(model.ranks):
+            Engine(OVERLAPPED, model)
+
+
+@pytest.mark.parametrize("op", [Op.ALLOCATE, Op.RECORD_STEPS])
+def test_a_rank_that_ends_before_it_serves_is_an_error_of_one_line(checkpoint, tmp_path, monkeypatch, op):
+    """As one does whose GPU has no memory for the pool."""
+    with parallel_model(checkpoint, OVERLAPPED, 2, tmp_path / "ranks") as model:
+        tell = model.ranks.tell
+
+        def telling(told, *arrays, **payload):
+            if told is op:
+                model.ranks.members[0].commands.shut()
+            tell(told, *arrays, **payload)
+
+        monkeypatch.setattr(model.ranks, "tell", telling)
+        with pytest.raises(StartupError, match="size 2: rank 1 does not listen"), starting(model.ranks):
             Engine(OVERLAPPED, model)
 
 
