@@ -8,6 +8,7 @@ import torch
 
 from engine.policy import PolicyName
 from engine.preemption import PreemptionChoice
+from engine.step.shapes import MAX_STEP_ROWS
 
 DType = Literal["auto", "float32", "bfloat16", "float16"]
 Speculative = Literal["off", "ngram", "draft"]
@@ -86,8 +87,9 @@ class EngineConfig:
             raise ValueError(
                 f"num_draft_tokens must be in [0, {MAX_DRAFT_TOKENS}], got {self.num_draft_tokens}"
             )
-        if any(size < 1 for size in self.cuda_graph_sizes):
-            raise ValueError(f"cuda_graph_sizes must be at least 1, got {min(self.cuda_graph_sizes)}")
+        for size in self.cuda_graph_sizes:
+            if not 1 <= size <= MAX_STEP_ROWS:
+                raise ValueError(f"cuda_graph_sizes must be in [1, {MAX_STEP_ROWS}], got {size}")
         if (self.speculative == "draft") != (self.draft_model is not None):
             raise ValueError("speculative draft and a draft_model go together")
         if self.dtype not in ("auto", "float32", "bfloat16", "float16"):

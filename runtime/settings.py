@@ -107,7 +107,7 @@ class EngineSettings(ProcessSettings):
     """coupled: the tokens of speculation off; rejection: of the same distribution, whatever the seed."""
     cuda_graphs: Literal["auto", "off"] = "auto"
     """auto: on a GPU every rank captures its decode steps at the start and replays them; off: neither."""
-    cuda_graph_sizes: list[Count] = Field(default=[])
+    cuda_graph_sizes: list[Annotated[int, Field(ge=1, le=1024)]] = Field(default=[])
     """Numbers of requests that captured steps are padded to; none: 1, 2, 4, 8, 16, ... --max-num-seqs."""
     overlap: Literal["auto", "on", "off"] = "auto"
     """Start a decode step before the last has ended, or the next pass of a draft model; auto: on a GPU."""

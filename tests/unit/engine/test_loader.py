@@ -243,7 +243,15 @@ def test_progress_counts_bytes(make_checkpoint):
 
 
 @pytest.mark.parametrize(
-    "settings", [{"block_size": 0}, {"num_blocks": 0}, {"max_num_seqs": 0}, {"dtype": "int8"}]
+    "settings",
+    [
+        {"block_size": 0},
+        {"num_blocks": 0},
+        {"max_num_seqs": 0},
+        {"cuda_graph_sizes": (4, 0)},
+        {"cuda_graph_sizes": (4, 1025)},
+        {"dtype": "int8"},
+    ],
 )
 def test_engine_config_names_the_broken_rule(settings):
     with pytest.raises(ValueError, match=next(iter(settings))):
