@@ -50,6 +50,7 @@ class Engine:
             preemption=config.preemption_mode,
             swap_space=self.kv_cache.swap_space,
             extend=self._runner.speculation.extend,
+            longest=model.facts.max_model_len,
         )
         self._beams = Beams(self._scheduler)
         self._pipeline = make_pipeline(self._scheduler, self._runner, model.facts.max_model_len)
@@ -116,6 +117,12 @@ class Engine:
         for fork in request.live_forks if request is not None else ():
             if fork.choice == choice:
                 self._scheduler.finish(fork)
+
+    def grant(self, key: Hashable) -> None:
+        """The receiver of a prefill-only request has room for its KV; nothing happens if it is gone."""
+        request = self._scheduler.live.get(key)
+        if request is not None:
+            request.granted = True
 
     def release(self, key: Hashable) -> None:
         """Free the blocks of a prefill-only request; nothing happens if it is gone already."""

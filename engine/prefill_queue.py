@@ -24,6 +24,10 @@ class PrefillQueue:
         """Who is admitted next; without `newcomers` only a preempted request."""
         return next((each for each in self.waiting if newcomers or each.output_token_ids), None)
 
+    def granted_head(self) -> Request | None:
+        """The first whose receiver has room for its KV."""
+        return next((each for each in self.waiting if each.granted), None)
+
     def push(self, request: Request, state: RequestState) -> None:
         """The request waits at its rank, WAITING or SWAPPED."""
         request.move(state)

@@ -173,6 +173,9 @@ class Request:
     """May start with what earlier attempts emitted; those count for penalties and limits."""
     prefill_only: bool = False
     """Compute the prompt, sample one token, then keep the blocks until released."""
+    granted: bool = True
+    """Nobody else need go first for its blocks to be free again. False of a prefill-only request whose
+    receiver has no room for its KV yet; see `Engine.grant`."""
     choice: int = 0
     """Index among the choices of one prompt; choices with one seed draw different noise."""
     cache_salt: bytes = b""

@@ -25,7 +25,9 @@ class Scheduler:
 
     A request is admitted, or reserved, if its blocks and one more for each running request are free.
     Nothing waits in a circle: a prefilling request has all its blocks; the first running request takes the
-    blocks of later ones; a pool holds one longest request; reserved and held ones end from outside.
+    blocks of later ones; a pool holds one longest request, of `longest` tokens; reserved and held ones end
+    from outside. A held one ends when its receiver has room, which may first want others: those that are
+    not granted leave room for a longest request, and a granted one passes them.
     """
 
     def __init__(
@@ -38,6 +40,7 @@ class Scheduler:
         preemption: PreemptionChoice = "recompute",
         swap_space: SwapSpace | None = None,
         extend: Extend | None = None,
+        longest: int = 0,
     ) -> None:
         self.tables = tables
         self.policy = policy or Fcfs()
@@ -50,6 +53,7 @@ class Scheduler:
         self._reserved: set[Request] = set()
         self._token_budget = max_num_batched_tokens
         self._extend = extend or (lambda decodes, tables, budget: decodes)
+        self._longest_blocks = tables.blocks_for(longest)
         # Never more seats than budget: unless the policy pauses requests, whoever is prefilling takes one of
         # them, so at least one token of every step is left for it.
         self.max_active = min(max_num_seqs, max_num_batched_tokens)
@@ -100,7 +104,7 @@ class Scheduler:
         """The next step; decodes come first, each request at most once."""
         self.policy.begin()
         # Judged before anybody is displaced for the head: displacing must not make another one the head.
-        head = partial(self.prefill.head, newcomers=not self._is_crowded)
+        head = partial(self._head, newcomers=not self._is_crowded)
         if first := head():
             self._make_room(first, _reusable(first))
         decodes = self.decode.schedule(self.tables, self._decode_seats(head()), self._displace)
@@ -194,7 +198,7 @@ class Scheduler:
         """A prompt is being computed, or the next step starts or resumes one, if need be by displacing."""
         if self.prefill.prefilling:
             return True
-        head = self.prefill.head(newcomers=not self._is_crowded)
+        head = self._head(newcomers=not self._is_crowded)
         if head is None:
             return False
         running = self.decode.running
@@ -235,10 +239,20 @@ class Scheduler:
         """Nobody new starts: where requests are paused, host memory must be able to take them."""
         return self.policy.pauses and self.swap_space.is_crowded
 
+    def _head(self, *, newcomers: bool) -> Request | None:
+        """Who is admitted next: the first, or if that is a prompt whose receiver has no room yet, and too
+        little is left beside it, the first granted one."""
+        first = self.prefill.head(newcomers=newcomers)
+        if first is None or first.granted or self._fits(first, _reusable(first)):
+            return first
+        return self.prefill.granted_head()
+
     def _fits(self, request: Request, max_cached_tokens: int, promised_blocks: int = 0) -> bool:
         if not self.policy.pauses and self._num_active + request.num_seats > self.max_active:
             return False
         free = self.tables.num_free - promised_blocks - len(self.decode.running)
+        if not request.granted:
+            free -= self._longest_blocks
         needed = self.tables.blocks_for(request.num_tokens)
         return needed <= free or self.tables.cost(request, max_cached_tokens) <= free
 

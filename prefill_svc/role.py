@@ -76,6 +76,7 @@ class PrefillRole:
         if not submit.HasField("peer"):
             raise InvalidRequest("a prefill worker needs a decode worker to send to", field="peer")
         request = to_request(key, submit, prefill_only=True)
+        request.granted = False
         export = Export(
             key=key,
             transfer_id=submit.transfer_id,
@@ -164,6 +165,7 @@ class PrefillRole:
         export = self._exports.get(key)
         if export is not None:
             export.granted = True
+            self._bridge.grant(key)
             self._mark_sending(export)
 
     def sent(self, key: AttemptKey) -> None:

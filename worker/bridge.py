@@ -65,6 +65,10 @@ class EngineBridge:
 
         self.post(key, submit)
 
+    def grant(self, key: AttemptKey) -> None:
+        """The decode worker has room for what this attempt computes."""
+        self.thread.post(lambda engine: engine.grant(key))
+
     def abort(self, key: AttemptKey) -> None:
         """Free what the engine holds for an attempt."""
 

@@ -31,7 +31,15 @@ class FakeMover:
 
 
 def make_scheduler(
-    num_blocks=16, max_num_seqs=8, budget=10, *, keys=no_keys, num_slots=0, policy=None, mode="auto"
+    num_blocks=16,
+    max_num_seqs=8,
+    budget=10,
+    *,
+    keys=no_keys,
+    num_slots=0,
+    policy=None,
+    mode="auto",
+    longest=0,
 ):
     tables = BlockTables(num_groups=2, num_blocks=num_blocks, block_size=BLOCK_SIZE, keys=keys)
     return Scheduler(
@@ -41,16 +49,18 @@ def make_scheduler(
         policy=policy,
         preemption=mode,
         swap_space=SwapSpace(tables, FakeMover(), num_slots=num_slots),
+        longest=longest,
     )
 
 
-def make_request(key, prompt_len, *, max_tokens=8, prefill_only=False, priority=0):
+def make_request(key, prompt_len, *, max_tokens=8, prefill_only=False, priority=0, granted=True):
     return Request(
         key=key,
         prompt_token_ids=[0] * prompt_len,
         sampling=SamplingParams(max_tokens=max_tokens),
         prefill_only=prefill_only,
         priority=priority,
+        granted=granted,
     )
 
 
