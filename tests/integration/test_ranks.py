@@ -34,6 +34,15 @@ def request(max_tokens: int = 24) -> Request:
     )
 
 
+def tokens(engine: Engine) -> list[int]:
+    """Of one request, to its end."""
+    served = request()
+    engine.submit(served)
+    while engine.has_work():
+        engine.step()
+    return served.output_token_ids
+
+
 def start() -> Leader:
     ranks = start_ranks(MODEL, CONFIG, ["cpu", "cpu"])
     assert isinstance(ranks, Leader)
@@ -41,10 +50,7 @@ def start() -> Leader:
 
 
 def test_the_demo_model_over_two_processes() -> None:
-    alone, engine = request(), Engine(CONFIG, load_model(MODEL, CONFIG))
-    engine.submit(alone)
-    while engine.has_work():
-        engine.step()
+    alone = tokens(Engine(CONFIG, load_model(MODEL, CONFIG)))
     ranks = start()
     [member] = ranks.members
     assert member.process is not None
@@ -53,11 +59,7 @@ def test_the_demo_model_over_two_processes() -> None:
     try:
         engine = Engine(CONFIG, load_model(MODEL, CONFIG, ranks=ranks))
         ranks.watch(lambda reason: (lost.append(reason), ended.set()))
-        shared = request()
-        engine.submit(shared)
-        while engine.has_work():
-            engine.step()
-        assert shared.output_token_ids == alone.output_token_ids
+        assert tokens(engine) == alone
         member.process.send_signal(signal.SIGTERM)  # rank 0 decides when followers end
         member.process.send_signal(signal.SIGINT)
         engine.submit(request())
@@ -80,10 +82,7 @@ def fly(engine: Engine) -> None:
 
 
 def test_overlapped_steps_over_two_processes_and_the_end_of_one_between_them() -> None:
-    alone, engine = request(), Engine(CONFIG, load_model(MODEL, CONFIG))
-    engine.submit(alone)
-    while engine.has_work():
-        engine.step()
+    alone = tokens(Engine(CONFIG, load_model(MODEL, CONFIG)))
     ranks = start()
     [member] = ranks.members
     assert member.process is not None
@@ -92,11 +91,7 @@ def test_overlapped_steps_over_two_processes_and_the_end_of_one_between_them() -
         lost: list[str] = []
         ended = threading.Event()
         ranks.watch(lambda reason: (lost.append(reason), ended.set()))
-        shared = request()
-        engine.submit(shared)
-        while engine.has_work():
-            engine.step()
-        assert shared.output_token_ids == alone.output_token_ids
+        assert tokens(engine) == alone
         fly(engine)
         member.process.kill()
         with pytest.raises(RankLost, match="was killed by signal 9"):

@@ -100,3 +100,13 @@ def parallel_model(path: Path, config, size: int, folder: Path, make_service=lam
     """A checkpoint, loaded by so many ranks."""
     with ranks_in_threads(path, config, size, folder, make_service) as ranks:
         yield load_model(path, config, ranks=ranks)
+
+
+def run(engine, requests):
+    """The tokens of all requests, with every invariant checked after every step."""
+    for request in requests:
+        engine.submit(request)
+    while engine.has_work():
+        engine.step()
+        engine.check()
+    return [request.output_token_ids for request in requests]

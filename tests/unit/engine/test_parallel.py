@@ -23,7 +23,7 @@ from engine.parallel.wire import Op
 from engine.safetensors_dir import TensorReader
 from kernels.attention import AttentionBatch
 from runtime.errors import StartupError
-from tests.unit.engine.parallel_ranks import on_ranks, parallel_model
+from tests.unit.engine.parallel_ranks import on_ranks, parallel_model, run
 
 CONFIG = EngineConfig(num_blocks=64, block_size=4)
 
@@ -56,15 +56,6 @@ def requests(make_request):
         ]
 
     return make
-
-
-def run(engine, requests):
-    for request in requests:
-        engine.submit(request)
-    while engine.has_work():
-        engine.step()
-        engine.check()
-    return [request.output_token_ids for request in requests]
 
 
 def batch(num_tokens, context_len, block_ids):

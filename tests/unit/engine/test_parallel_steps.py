@@ -26,7 +26,7 @@ from engine.step.inputs import StepInputs
 from engine.step.shapes import StepShape
 from runtime.errors import StartupError
 from tests.unit.engine.overlap_mixes import SIZE, Alone, machine_of, run_busily
-from tests.unit.engine.parallel_ranks import parallel_model
+from tests.unit.engine.parallel_ranks import parallel_model, run
 from tests.unit.engine.step_tapes import Reruns, Tape, TapedGroup, operators_of_a_gpu
 
 OVERLAPPED = EngineConfig(num_blocks=64, block_size=4, max_num_seqs=8, overlap="on")
@@ -51,15 +51,6 @@ def requests(make_request):
 
 def outputs(config, model, requests):
     return run(Engine(config, model), requests)
-
-
-def run(engine, requests):
-    for request in requests:
-        engine.submit(request)
-    while engine.has_work():
-        engine.step()
-        engine.check()
-    return [request.output_token_ids for request in requests]
 
 
 @pytest.fixture
